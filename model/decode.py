@@ -1,0 +1,244 @@
+"""The reference decoder: plain, slow, obviously right.
+
+One input at a time, no padding, no batching across inputs, Python lists for hypotheses. Everything faster (the exported graphs,
+the serving engine) is checked against this file, so nothing here is clever.
+
+Shapes: B hypotheses, T target positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention import KeyValue
+from model.transformer import Memory, Transformer
+
+BOS, EOS = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    tokens: list[int]
+    """The end-of-text token included when the model wrote it; the prompt and the start token not."""
+    log_probabilities: list[float]
+    """Natural logarithm of each token's probability."""
+    score: float
+    """What hypotheses are ranked by: the sum of log-probabilities / len(tokens) ** length_penalty."""
+
+    @property
+    def log_probability(self) -> float:
+        return sum(self.log_probabilities)
+
+    @property
+    def text_tokens(self) -> list[int]:
+        return self.tokens[:-1] if self.tokens and self.tokens[-1] == EOS else self.tokens
+
+
+@dataclass(slots=True)
+class Incremental:
+    """The next-token distributions of some hypotheses of one input, fed token by token through an explicit cache."""
+
+    model: Transformer
+    input_ids: Sequence[int]
+    memory: Memory | None = field(default=None, init=False)
+    cache: list[KeyValue] | None = field(default=None, init=False)
+
+    def start(self) -> Tensor:
+        """Log-probabilities [1, V] of the first output token."""
+        return self.start_logits().float().log_softmax(-1)
+
+    def step(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Continues hypothesis parents[i] with tokens[i]; log-probabilities [B, V] of what comes next."""
+        return self.step_logits(parents, tokens).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def start_logits(self) -> Tensor:
+        device = next(self.model.parameters()).device
+        first = list(self.input_ids)
+        if self.model.config.has_encoder:
+            source = torch.tensor([first], device=device)
+            self.memory = self.model.memory(source, torch.tensor([len(first)], device=device))
+            first = [BOS]
+        states, self.cache = self.model.decode(torch.tensor([first], device=device), self.memory)
+        return self.model.logits(states[:, -1])
+
+    @torch.no_grad()
+    def step_logits(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        device = next(self.model.parameters()).device
+        order = torch.tensor(parents, device=device)
+        assert self.cache is not None
+        past = [(k[order], v[order]) for k, v in self.cache]
+        memory = self.memory
+        if memory is not None:
+            expanded = [(k.expand(len(parents), -1, -1, -1), v.expand(len(parents), -1, -1, -1)) for k, v in memory.keys_values]
+            memory = memory._replace(keys_values=expanded)
+        states, self.cache = self.model.decode(torch.tensor(tokens, device=device)[:, None], memory, past)
+        return self.model.logits(states[:, -1])
+
+
+def normalised(log_probability: float, length: int, length_penalty: float) -> float:
+    """The score of a hypothesis of ``length`` tokens: longer ones are not punished for having more factors below one."""
+    return log_probability / length**length_penalty
+
+
+def greedy(model: Transformer, input_ids: Sequence[int], max_tokens: int, min_tokens: int = 0) -> Hypothesis:
+    """The most probable token at every step, until the end-of-text token or ``max_tokens``."""
+    decoder = Incremental(model, input_ids)
+    log_p, tokens, scores = decoder.start(), list[int](), list[float]()
+    while True:
+        if len(tokens) < min_tokens:
+            log_p[:, EOS] = -math.inf
+        token = int(log_p[0].argmax())
+        tokens.append(token)
+        scores.append(float(log_p[0, token]))
+        if token == EOS or len(tokens) == max_tokens:
+            return Hypothesis(tokens, scores, normalised(sum(scores), len(tokens), 1.0))
+        log_p = decoder.step([0], [token])
+
+
+@dataclass(frozen=True, slots=True)
+class _Beam:
+    tokens: list[int]
+    log_probabilities: list[float]
+    total: float
+
+
+def beam_search(
+    model: Transformer,
+    input_ids: Sequence[int],
+    *,
+    beams: int,
+    max_tokens: int,
+    min_tokens: int = 0,
+    length_penalty: float = 1.0,
+    patience: float = 1.0,
+) -> list[Hypothesis]:
+    """Beam search: keep the ``beams`` most probable unfinished hypotheses, collect the finished ones.
+
+    At each step the 2 x beams best continuations are ranked by log-probability. One that ends the text is collected if it ranks
+    among the first ``beams``; the first ``beams`` others live on. The search stops when round(beams * patience) hypotheses are
+    collected ("first come, first served", Kasai et al. 2022), or at ``max_tokens``, where the live ones are collected too.
+
+    Returns:
+        The ``beams`` best by score, best first.
+    """
+    decoder = Incremental(model, input_ids)
+    log_p = decoder.start()
+    live, finished = [_Beam([], [], 0.0)], list[Hypothesis]()
+    enough = max(1, round(beams * patience))
+    for length in range(1, max_tokens + 1):
+        if length <= min_tokens:
+            log_p[:, EOS] = -math.inf
+        totals = torch.tensor([b.total for b in live], device=log_p.device)[:, None] + log_p  # [B, V]
+        candidates = min(2 * beams, totals.numel())
+        best, where = totals.flatten().topk(candidates)
+        parents, survivors = list[int](), list[_Beam]()
+        for rank, (total, index) in enumerate(zip(best.tolist(), where.tolist(), strict=True)):
+            parent, token = divmod(index, log_p.size(1))
+            if total == -math.inf:
+                continue
+            tokens = [*live[parent].tokens, token]
+            token_scores = [*live[parent].log_probabilities, float(log_p[parent, token])]
+            if token == EOS:
+                if rank < beams:
+                    finished.append(Hypothesis(tokens, token_scores, normalised(total, length, length_penalty)))
+            elif len(survivors) < beams:
+                parents.append(parent)
+                survivors.append(_Beam(tokens, token_scores, total))
+        live = survivors
+        if len(finished) >= enough or not live:
+            break
+        if length == max_tokens:
+            finished += [Hypothesis(b.tokens, b.log_probabilities, normalised(b.total, length, length_penalty)) for b in live]
+            break
+        log_p = decoder.step(parents, [b.tokens[-1] for b in live])
+    return sorted(finished, key=lambda h: -h.score)[:beams]
+
+
+def sample(
+    model: Transformer,
+    input_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    seed: int,
+    sample_index: int = 0,
+    min_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Hypothesis:
+    """Ancestral sampling from the k most probable tokens (``top_k`` > 0), or the smallest set of probability ``top_p``.
+
+    Step t of sample i draws the t-th uniform number of the Philox generator (Salmon et al. 2011) with key (seed, i): the output
+    depends on nothing else. Tokens are laid out on [0, 1) by falling probability, ties by id.
+    """
+    decoder = Incremental(model, input_ids)
+    uniform = np.random.Generator(np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)))
+    log_p, tokens, scores = decoder.start(), list[int](), list[float]()
+    while True:
+        if len(tokens) < min_tokens:
+            log_p[:, EOS] = -math.inf
+        row = log_p[0].double()
+        order = torch.sort(row, descending=True, stable=True).indices
+        if top_k:
+            order = order[:top_k]
+        p = (row[order] / temperature).softmax(0).cumsum(0)
+        keep = int((p < top_p).sum()) + 1  # the token that reaches top_p is in
+        p = p[:keep]
+        chosen = int((p <= uniform.random() * p[-1]).sum())
+        token = int(order[min(chosen, len(p) - 1)])
+        tokens.append(token)
+        scores.append(float(log_p[0, token]))
+        if token == EOS or len(tokens) == max_tokens:
+            return Hypothesis(tokens, scores, normalised(sum(scores), len(tokens), 1.0))
+        log_p = decoder.step([0], [token])
+
+
+@torch.no_grad()
+def score(model: Transformer, input_ids: Sequence[int], target: Sequence[int]) -> list[float]:
+    """Log-probability of every token of ``target``, given the input and the tokens before it; one full forward pass."""
+    device = next(model.parameters()).device
+    wanted = torch.tensor(list(target), device=device)
+    if model.config.has_encoder:
+        source, lengths = torch.tensor([list(input_ids)], device=device), torch.tensor([len(input_ids)], device=device)
+        logits = model(source, lengths, torch.tensor([[BOS, *target[:-1]]], device=device))[0]  # [T, V]
+    else:
+        whole = torch.tensor([[*input_ids, *target[:-1]]], device=device)
+        logits = model(whole)[0, len(input_ids) - 1 :]  # [T, V]
+    return logits.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def greedy_batch(
+    model: Transformer, inputs: Sequence[Sequence[int]], max_tokens: int, batch_size: int = 256
+) -> list[list[int]]:
+    """Greedy outputs of many inputs, for evaluation during training: batched by padding, so fast but not the reference.
+
+    Sources may be of different lengths; prompts of a decoder-only model must be of equal length within a batch.
+    Returns tokens without the end-of-text token.
+    """
+    device = next(model.parameters()).device
+    outputs: list[list[int]] = []
+    for begin in range(0, len(inputs), batch_size):
+        batch = [torch.tensor(list(ids), device=device) for ids in inputs[begin : begin + batch_size]]
+        padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        memory, tokens = None, padded
+        if model.config.has_encoder:
+            memory = model.memory(padded, torch.tensor([len(ids) for ids in batch], device=device))
+            tokens = torch.full((len(batch), 1), BOS, device=device)
+        cache, produced, ended = None, [], torch.zeros(len(batch), dtype=torch.bool, device=device)
+        for _ in range(max_tokens):
+            states, cache = model.decode(tokens, memory, cache)
+            tokens = model.logits(states[:, -1]).argmax(-1, keepdim=True)  # [B, 1]
+            produced.append(tokens)
+            ended |= tokens[:, 0] == EOS
+            if ended.all():
+                break
+        outputs += [row[: row.index(EOS)] if EOS in row else row for row in torch.cat(produced, dim=1).tolist()]
+    return outputs
