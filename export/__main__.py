@@ -1,0 +1,54 @@
+"""``python -m export RUN BUNDLE``: a trained run becomes a bundle that a server can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from export.build import ExportError, build_bundle
+from export.bundle import BundleError
+from export.verify import Certificate
+from model.checkpoint import RunError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    run: Annotated[Path, typer.Argument(help="Directory that `python -m model train` wrote.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory to write.")],
+    name: Annotated[str | None, typer.Option(help="Name that callers use for the model (default: the bundle's).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
+) -> None:
+    """Exports a trained run to ONNX, compares every stage with PyTorch, and writes the bundle in one piece."""
+    console = Console()
+    try:
+        certificate = build_bundle(run, bundle, name=name or bundle.name, force=force, report=console.print)
+    except (ExportError, BundleError, RunError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    console.print(certificate_table(certificate))
+    console.print(f"{bundle} is ready: python -m server {bundle}")
+
+
+def certificate_table(certificate: Certificate) -> Table:
+    table = Table(title=f"Parity certificate, {certificate.precision}, {certificate.inputs} inputs", title_justify="left")
+    for column in ("stage", "against", "largest logit difference", "same best token"):
+        table.add_column(column)
+    for stage in certificate.stages:
+        table.add_row(
+            stage["stage"], stage["against"], f"{stage['max_logit_difference']:.1e}", f"{stage['identical_tokens']:.2%}"
+        )
+    if metric := certificate.metric:
+        table.add_row(
+            metric["name"], f"{metric['inputs']} inputs", f"pytorch {metric['pytorch']:.2f}", f"onnx {metric['onnx']:.2f}"
+        )
+    return table
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,189 @@
+"""The bundle: the only thing that crosses from PyTorch to serving.
+
+A directory that describes itself and is closed: ``manifest.json`` names every other file with its sha256, and a file that it
+does not name, or a link in any place, makes the whole refused. Standard library only, because the server reads bundles too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+
+
+class BundleError(Exception):
+    """A bundle that must not be used: one line saying what and where."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything a server needs to know of a model, beside its weights."""
+
+    format_version: int
+    name: str
+    parameters: int
+    model: dict[str, Any]
+    """``model.config.ModelConfig.to_dict()``."""
+    task: dict[str, Any]
+    """name, kind ("sequence_to_sequence", "language_model", "classification"), labels, metric."""
+    generation: dict[str, Any]
+    """Defaults for options a caller leaves out: beams, length_penalty, max_tokens."""
+    limits: dict[str, int]
+    """max_input_tokens and max_output_tokens, special tokens included."""
+    precisions: list[str]
+    """Sets of graphs in the bundle; each lies in a folder of its name."""
+    provenance: dict[str, Any]
+    """How the weights came to be: seed, steps, data digests, metrics."""
+    certificate: dict[str, Any]
+    """The parity certificate: for each stage from training to serving, how far it is from the one before."""
+    files: dict[str, dict[str, Any]]
+    """Relative path -> {"sha256": ..., "bytes": ...}, for every file but the manifest."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Manifest:
+        """Raises BundleError for anything but an object with exactly these keys and their types."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{where}: not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise BundleError(f"{where}: not a JSON object")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise BundleError(f"{where}: format version {values.get('format_version')!r}, this release reads {FORMAT_VERSION}")
+        names = {field.name for field in fields(cls)}
+        if missing := sorted(names - set(values)):
+            raise BundleError(f"{where}: missing {', '.join(missing)}")
+        if strangers := sorted(set(values) - names):
+            raise BundleError(f"{where}: unknown key {', '.join(strangers)}")
+        kinds = {"format_version": int, "name": str, "parameters": int, "precisions": list}
+        for name in sorted(names):
+            kind = kinds.get(name, dict)
+            if not isinstance(values[name], kind):
+                raise BundleError(f"{where}: {name} must be a {kind.__name__}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: every file present, regular, and with the hash its manifest states."""
+
+    root: Path
+    manifest: Manifest
+    fingerprint: str
+    """sha256 of the manifest, so of everything."""
+
+    def path(self, name: str) -> Path:
+        """Raises BundleError for a name that the manifest does not hold."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.root}: no file {name!r} in the manifest")
+        return self.root / name
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_bundle(root: Path | str) -> Bundle:
+    """Checks a bundle before anything in it is parsed: the exact set of files, no links, every hash, the certificate's verdict.
+
+    Raises:
+        BundleError: one line saying what is wrong and where.
+    """
+    root = Path(root)
+    if root.is_symlink() or not root.is_dir():
+        raise BundleError(f"{root}: not a bundle (no such directory)")
+    found = _regular_files(root)
+    if MANIFEST not in found:
+        raise BundleError(f"{root}: not a bundle (no {MANIFEST})")
+    path = root / MANIFEST
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
+    raw = path.read_bytes()
+    try:
+        manifest = Manifest.from_json(raw.decode("utf-8"), path)
+    except UnicodeDecodeError:
+        raise BundleError(f"{path}: not UTF-8") from None
+    named = set(manifest.files)
+    if missing := sorted(named - found):
+        raise BundleError(f"{root / missing[0]}: missing, but the manifest names it")
+    if strangers := sorted(found - named - {MANIFEST}):
+        raise BundleError(f"{root / strangers[0]}: not in the manifest")
+    for name, facts in manifest.files.items():
+        if not isinstance(facts, dict) or digest(root / name) != facts.get("sha256"):
+            raise BundleError(f"{root / name}: damaged (its sha256 is not the manifest's)")
+    if manifest.certificate.get("passed") is not True:
+        raise BundleError(f"{path}: the parity certificate is missing or failed")
+    return Bundle(root, manifest, hashlib.sha256(raw).hexdigest())
+
+
+def _regular_files(root: Path) -> set[str]:
+    """Relative paths of all files below ``root``; links and special files are refused."""
+    names = set()
+    for folder, subfolders, files in os.walk(root):
+        for entry in [*subfolders, *files]:
+            path = Path(folder) / entry
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                continue
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise BundleError(f"{path}: must be a regular file with one name (no links)")
+            names.add(path.relative_to(root).as_posix())
+    return names
+
+
+def describe_files(root: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest's ``files`` must hold for the files that lie below ``root``."""
+    return {
+        name: {"sha256": digest(root / name), "bytes": (root / name).stat().st_size}
+        for name in sorted(_regular_files(root) - {MANIFEST})
+    }
+
+
+def write_bundle(target: Path, fill: Callable[[Path], Manifest], *, force: bool = False) -> None:
+    """Builds a bundle beside its place and moves it there in one step, so that a crash leaves no half bundle.
+
+    Args:
+        fill: writes every file but the manifest into the folder it is given, and returns the manifest.
+        force: replace a bundle that is there already.
+
+    Raises:
+        BundleError: when ``target`` exists and ``force`` is not set, or is something other than a bundle.
+    """
+    if os.path.lexists(target):
+        if not force:
+            raise BundleError(f"{target}: exists already (--force replaces it)")
+        if target.is_symlink() or not (target / MANIFEST).is_file():
+            raise BundleError(f"{target}: exists and is not a bundle; not replaced")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    work.mkdir()
+    try:
+        manifest = fill(work)
+        with (work / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            old = work.with_suffix(".old")
+            target.rename(old)
+            work.rename(target)
+            shutil.rmtree(old)
+        else:
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
