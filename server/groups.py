@@ -1,0 +1,125 @@
+"""The live requests. What each asked for stands in arrays, one entry per group, so that a step looks it up for all rows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from server.requests import FinishReason, GenerationRequest, Hypothesis
+
+MAX_CANDIDATES = 64
+"""Candidates a step brings back for each row; a sampled row that may need more reads all logits."""
+
+
+@dataclass(slots=True)
+class Group:
+    """One live request."""
+
+    number: int
+    request: GenerationRequest
+    live_rows: int
+    finished: dict[int, Hypothesis] = field(default_factory=dict)
+    """By sample; under beam search, by order of finishing."""
+    sent: int = 0
+    """Tokens already reported under beam search."""
+
+    @property
+    def is_beam(self) -> bool:
+        return self.request.decoding.beams > 1
+
+    @property
+    def enough(self) -> bool:
+        """Under beam search: as many hypotheses have ended as the patience asks for (Kasai et al. 2022)."""
+        decoding = self.request.decoding
+        return len(self.finished) >= max(1, round(decoding.beams * decoding.patience))
+
+    def hypothesis(self, tokens: tuple[int, ...], log_probabilities: tuple[float, ...], reason: FinishReason) -> Hypothesis:
+        total = sum(log_probabilities)
+        return Hypothesis(
+            tokens=tokens,
+            log_probabilities=log_probabilities,
+            log_probability=total,
+            score=total / len(tokens) ** self.request.decoding.length_penalty,
+            finish_reason=reason,
+        )
+
+    def results(self) -> tuple[Hypothesis, ...]:
+        """Best first under beam search, in order of the samples otherwise."""
+        if self.is_beam:
+            ranked = sorted(self.finished.values(), key=lambda h: -h.score)
+            return tuple(ranked[: self.request.decoding.hypotheses])
+        return tuple(self.finished[i] for i in sorted(self.finished))
+
+    def candidates(self) -> int:
+        """How many candidates of each row a step must bring back for this request."""
+        decoding = self.request.decoding
+        spare = 1 if decoding.min_tokens else 0  # the forbidden end-of-text token may take a place
+        if self.is_beam:
+            return 2 * decoding.beams + spare
+        if decoding.sampling and 0 < decoding.sampling.top_k < MAX_CANDIDATES:
+            return decoding.sampling.top_k + spare
+        return 1 + spare
+
+
+class GroupTable:
+    """The live groups by number and by request, and their settings as arrays of one entry per group number.
+
+    Args:
+        capacity: most groups at once (no more than rows).
+        longest: longest output.
+    """
+
+    def __init__(self, capacity: int, longest: int) -> None:
+        self._by_number: dict[int, Group] = {}
+        self._by_request: dict[str, Group] = {}
+        self._free = list(range(capacity - 1, -1, -1))
+        self.is_beam = np.zeros(capacity, bool)
+        self.is_sampled = np.zeros(capacity, bool)
+        self.streams = np.zeros(capacity, bool)
+        self.forced_only = np.zeros(capacity, bool)
+        self.needs_all_logits = np.zeros(capacity, bool)
+        self.min_tokens = np.zeros(capacity, np.int32)
+        self.max_tokens = np.zeros(capacity, np.int32)
+        self.temperature = np.ones(capacity, np.float64)
+        self.top_k = np.zeros(capacity, np.int64)
+        self.top_p = np.ones(capacity, np.float64)
+        self.forced = np.zeros((capacity, longest), np.int64)
+        self.forced_length = np.zeros(capacity, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(list(self._by_number.values()))
+
+    def __getitem__(self, number: int) -> Group:
+        return self._by_number[number]
+
+    def of_request(self, request_id: str) -> Group | None:
+        return self._by_request.get(request_id)
+
+    def add(self, request: GenerationRequest) -> Group:
+        number = self._free.pop()
+        decoding = request.decoding
+        group = self._by_number[number] = self._by_request[request.id] = Group(number, request, decoding.rows)
+        sampling = decoding.sampling
+        self.is_beam[number] = group.is_beam
+        self.is_sampled[number] = sampling is not None
+        self.streams[number] = request.stream
+        self.forced_only[number] = request.forced_only
+        self.min_tokens[number] = decoding.min_tokens
+        self.max_tokens[number] = decoding.max_tokens
+        self.forced[number, : len(request.forced)] = request.forced
+        self.forced_length[number] = len(request.forced)
+        if sampling:
+            self.needs_all_logits[number] = not 0 < sampling.top_k < MAX_CANDIDATES
+            self.temperature[number] = sampling.temperature
+            self.top_k[number] = sampling.top_k
+            self.top_p[number] = sampling.top_p
+        return group
+
+    def remove(self, group: Group) -> None:
+        del self._by_number[group.number], self._by_request[group.request.id]
+        self._free.append(group.number)

@@ -1,0 +1,194 @@
+"""What a request is, once it has passed the door, and what comes back from the engine.
+
+Everything behind the door trusts these types: ``server.door`` is the only way in, it collects every violation before refusing,
+and nothing behind it checks again. Plain Python; no clock, no I/O, no gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One field that a caller got wrong, in the words the caller will read."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(ValueError):
+    """A request that can never succeed as it is. ``violations`` names every offending field."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = tuple(violations)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds on one call, all known before anything is allocated."""
+
+    max_inputs: int = 256
+    max_text_bytes: int = 16_384
+    max_input_tokens: int
+    """Special tokens included."""
+    max_output_tokens: int
+    """For a decoder-only model the prompt counts against it too."""
+    max_beams: int = 16
+    """Largest beam width and largest number of samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Seeded ancestral sampling (Holtzman et al. 2020 for top_p)."""
+
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How the tokens of one request are chosen: greedy (beams = 1), beam search, or sampling."""
+
+    max_tokens: int
+    """The end-of-text token included."""
+    min_tokens: int = 0
+    beams: int = 1
+    hypotheses: int = 1
+    """Hypotheses returned; with sampling, the number of independent samples."""
+    length_penalty: float = 1.0
+    patience: float = 1.0
+    sampling: Sampling | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the running batch that this needs: one for each live hypothesis."""
+        return self.hypotheses if self.sampling else self.beams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One input, checked. A call with several inputs becomes several of these."""
+
+    id: str
+    input_ids: tuple[int, ...]
+    """Source (encoder-decoder) or prompt (decoder-only), special tokens included."""
+    decoding: Decoding
+    forced: tuple[int, ...] = ()
+    """Target tokens that every output begins with; their log-probabilities count (Score forces the whole target)."""
+    forced_only: bool = False
+    """End when the forced tokens are consumed: scoring rather than generating."""
+    stream: bool = False
+    """Report tokens as they become final, not only the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingRequest:
+    """One input of an encoder-only model: class probabilities, a vector, or both, whatever the model's graph gives."""
+
+    id: str
+    input_ids: tuple[int, ...]
+
+
+class FinishReason(Enum):
+    END_OF_TEXT = "end_of_text"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hypothesis:
+    tokens: tuple[int, ...]
+    """The end-of-text token included, the prompt not; forced tokens included."""
+    log_probabilities: tuple[float, ...]
+    """One for each token."""
+    log_probability: float
+    """Their sum."""
+    score: float
+    """What hypotheses are ranked by: log_probability / len(tokens) ** length_penalty."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class TokensReady:
+    """Tokens of one hypothesis that have become final; never taken back."""
+
+    hypothesis: int
+    tokens: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The result of a generation: its hypotheses, best first (samples: in order). Always the last event."""
+
+    hypotheses: tuple[Hypothesis, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The result of an encoding request. Always the last event."""
+
+    probabilities: tuple[float, ...]
+    """One for each class; empty when the model has no classification head."""
+    vector: tuple[float, ...]
+
+
+class Failure(Enum):
+    """Why a checked request ended without a result. The service maps each to one status code."""
+
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    OVERLOADED = "overloaded"
+    SHUTTING_DOWN = "shutting_down"
+    NUMERICS = "numerics"
+    ENGINE = "engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended without a result. Always the last event."""
+
+    failure: Failure
+    message: str
+    """Fit for the caller's eyes: no internals."""
+
+
+Event = TokensReady | Finished | Encoded | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """The bundle's own answer for every option a caller leaves out."""
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    max_tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """Sampling as a caller wrote it; None stands for an absent field."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodingOptions:
+    """Options as a caller wrote them; None stands for an absent field."""
+
+    beams: int | None = None
+    hypotheses: int | None = None
+    length_penalty: float | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    patience: float | None = None
+    sampling: SamplingOptions | None = None

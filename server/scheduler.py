@@ -1,0 +1,70 @@
+"""Who joins the running batch, and when. No clock, no I/O: the same calls give the same answers.
+
+First come, first served. A request joins between any two decode steps, when there are rows for all of its hypotheses; how much
+encoding or prefilling one step may do is bounded, so that joining requests cannot stall the streams of those that run.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from server.requests import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    request: GenerationRequest
+    since: float
+    """When it arrived, by the caller's clock."""
+
+
+class Scheduler:
+    """The queue in front of the running batch.
+
+    Args:
+        join_tokens: input tokens that may be encoded in one step; the first request of a step may exceed it alone.
+    """
+
+    def __init__(self, join_tokens: int) -> None:
+        self.join_tokens = join_tokens
+        self.waiting_tokens = 0
+        self._queue: OrderedDict[str, Waiting] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._queue.values())
+
+    def add(self, request: GenerationRequest, now: float) -> None:
+        self._queue[request.id] = Waiting(request=request, since=now)
+        self.waiting_tokens += len(request.input_ids)
+
+    def remove(self, request_id: str) -> bool:
+        """Takes a request out of the queue; False if it was not (or no longer) there."""
+        waiting = self._queue.pop(request_id, None)
+        if waiting is None:
+            return False
+        self.waiting_tokens -= len(waiting.request.input_ids)
+        return True
+
+    def schedule(self, free_rows: int, budget: int | None = None) -> list[Waiting]:
+        """The requests that join now, in order of arrival, taken off the queue.
+
+        Args:
+            budget: input tokens for this step, where some are spent already; ``join_tokens`` otherwise.
+        """
+        joining: list[Waiting] = []
+        budget = self.join_tokens if budget is None else budget
+        for waiting in self._queue.values():
+            rows, tokens = waiting.request.decoding.rows, len(waiting.request.input_ids)
+            if rows > free_rows or budget <= 0 or (joining and tokens > budget):
+                break
+            free_rows -= rows
+            budget -= tokens
+            joining.append(waiting)
+        for waiting in joining:
+            self.remove(waiting.request.id)
+        return joining

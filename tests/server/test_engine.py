@@ -1,0 +1,204 @@
+"""The engine against the reference decoder: the same tokens, whatever shares the batch and whenever a request joins."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from model import decode as reference
+from server.engine import Engine
+from server.requests import Decoding, Failed, Failure, Finished, FinishReason, GenerationRequest, Sampling, TokensReady
+from server.runtime import SequenceRuntime, SessionSettings
+from server.sequence_model import SequenceShape
+from tests import tiny
+
+FAMILIES = ["encoder_decoder", "decoder_only"]
+
+
+def engine(family: str, rows: int = 16, join_tokens: int = 24) -> Engine:
+    config = tiny.shape(family)
+    runtime = SequenceRuntime(
+        tiny.graphs(config), SequenceShape.from_config(config.to_dict()), rows, SessionSettings(threads=1)
+    )
+    return Engine(runtime, start_token=reference.BOS, end_token=reference.EOS, join_tokens=join_tokens)
+
+
+def random_request(rng: random.Random, name: str) -> GenerationRequest:
+    ids = tuple(rng.randrange(4, 40) for _ in range(rng.randint(1, 20)))
+    max_tokens = rng.randint(1, 20)
+    common = {"max_tokens": max_tokens, "min_tokens": rng.choice([0, 0, rng.randint(0, max_tokens)])}
+    kind = rng.choice(["greedy", "beam", "sample"])
+    if kind == "beam":
+        beams = rng.choice([2, 3, 4, 5, 8])
+        decoding = Decoding(
+            beams=beams,
+            hypotheses=rng.randint(1, beams),
+            length_penalty=rng.choice([0.0, 0.6, 1.0]),
+            patience=rng.choice([1.0, 1.0, 2.0]),
+            **common,
+        )
+    elif kind == "sample":
+        sampling = Sampling(
+            seed=rng.getrandbits(64),
+            temperature=rng.choice([0.5, 1.0, 1.7]),
+            top_k=rng.choice([0, 1, 5, 30]),
+            top_p=rng.choice([0.3, 0.9, 1.0]),
+        )
+        decoding = Decoding(hypotheses=rng.randint(1, 4), sampling=sampling, **common)
+    else:
+        decoding = Decoding(**common)
+    return GenerationRequest(id=name, input_ids=ids, decoding=decoding, stream=rng.random() < 0.5)
+
+
+def expected(family: str, request: GenerationRequest) -> list[reference.Hypothesis]:
+    model, d = tiny.model(tiny.shape(family)), request.decoding
+    lengths = {"max_tokens": d.max_tokens, "min_tokens": d.min_tokens}
+    if d.sampling:
+        s = d.sampling
+        return [
+            reference.sample(
+                model,
+                request.input_ids,
+                seed=s.seed,
+                sample_index=i,
+                temperature=s.temperature,
+                top_k=s.top_k,
+                top_p=s.top_p,
+                **lengths,
+            )
+            for i in range(d.hypotheses)
+        ]
+    if d.beams == 1:
+        return [reference.greedy(model, request.input_ids, **lengths)]
+    found = reference.beam_search(
+        model, request.input_ids, beams=d.beams, length_penalty=d.length_penalty, patience=d.patience, **lengths
+    )
+    return found[: d.hypotheses]
+
+
+def run(engine: Engine, requests: list[GenerationRequest], rng: random.Random) -> dict[str, list]:
+    """Submits requests at random moments and steps until all have ended."""
+    events: dict[str, list] = {request.id: [] for request in requests}
+    waiting = list(requests)
+    while waiting or engine.has_work:
+        for _ in range(min(len(waiting), rng.randint(0, 3))):
+            engine.submit(waiting.pop())
+        if engine.has_work:
+            happened, stats = engine.step()
+            assert stats.live_rows <= stats.row_capacity
+            for request_id, event in happened:
+                events[request_id].append(event)
+    return events
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batch_gives_what_the_reference_decoder_gives(family: str) -> None:
+    rng = random.Random(1)
+    requests = [random_request(rng, f"r{i}") for i in range(120)]
+    events = run(engine(family), requests, rng)
+    for request in requests:
+        *deltas, last = events[request.id]
+        assert isinstance(last, Finished)
+        wanted = expected(family, request)
+        assert [list(h.tokens) for h in last.hypotheses] == [h.tokens for h in wanted], request
+        for found, want in zip(last.hypotheses, wanted, strict=True):
+            np.testing.assert_allclose(found.log_probabilities, want.log_probabilities, atol=1e-4)
+            assert found.score == pytest.approx(
+                found.log_probability / len(found.tokens) ** request.decoding.length_penalty, abs=1e-4
+            )
+            assert (found.finish_reason is FinishReason.END_OF_TEXT) == (want.tokens[-1] == reference.EOS)
+        assert bool(deltas) == request.stream
+        streamed: dict[int, list[int]] = {}
+        for delta in deltas:
+            assert isinstance(delta, TokensReady)
+            streamed.setdefault(delta.hypothesis, []).extend(delta.tokens)
+        for index, tokens in streamed.items():
+            assert tokens == list(last.hypotheses[index].tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_a_given_target_equal_one_full_forward_pass(family: str) -> None:
+    rng = random.Random(2)
+    target = (5, 9, 33, 12, reference.EOS)
+    requests = [
+        GenerationRequest(
+            id=f"score{i}",
+            input_ids=tuple(rng.randrange(4, 40) for _ in range(3 + i)),
+            decoding=Decoding(max_tokens=len(target)),
+            forced=target,
+            forced_only=True,
+        )
+        for i in range(4)
+    ]
+    events = run(engine(family), [*requests, *(random_request(rng, f"noise{i}") for i in range(10))], rng)
+    for request in requests:
+        (hypothesis,) = events[request.id][-1].hypotheses
+        assert hypothesis.tokens == target
+        wanted = reference.score(tiny.model(tiny.shape(family)), request.input_ids, target)
+        np.testing.assert_allclose(hypothesis.log_probabilities, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_every_hypothesis_begins_with_the_forced_prefix(beams: int) -> None:
+    prefix = (7, 7, 30)
+    request = GenerationRequest(
+        id="r", input_ids=(4, 5, 6, 2), decoding=Decoding(max_tokens=12, beams=beams, hypotheses=beams), forced=prefix
+    )
+    (*_, last) = run(engine("encoder_decoder"), [request], random.Random(0))["r"]
+    assert len(last.hypotheses) == beams
+    for hypothesis in last.hypotheses:
+        assert hypothesis.tokens[:3] == prefix
+        wanted = reference.score(tiny.model(tiny.shape("encoder_decoder")), request.input_ids, hypothesis.tokens)
+        np.testing.assert_allclose(hypothesis.log_probabilities, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cancelled_requests_free_their_rows_at_once_and_disturb_nobody(family: str) -> None:
+    rng = random.Random(3)
+    running = engine(family, rows=12)
+    kept = [random_request(rng, f"kept{i}") for i in range(20)]
+    events: dict[str, list] = {request.id: [] for request in kept}
+    doomed = [random_request(rng, f"doomed{i}") for i in range(60)]
+    for pair in zip(doomed[::3], doomed[1::3], doomed[2::3], strict=True):
+        for request in pair:
+            running.submit(request)
+        if kept:
+            running.submit(kept.pop())
+        for _ in range(rng.randint(0, 4)):
+            if running.has_work:
+                for request_id, event in running.step()[0]:
+                    events.setdefault(request_id, []).append(event)
+        for request in pair:
+            running.cancel(request.id)
+    while running.has_work:
+        for request_id, event in running.step()[0]:
+            events.setdefault(request_id, []).append(event)
+    assert running.rows.live == 0
+    rng = random.Random(3)
+    for request in [random_request(rng, f"kept{i}") for i in range(20)]:
+        assert [list(h.tokens) for h in events[request.id][-1].hypotheses] == [h.tokens for h in expected(family, request)]
+
+
+def test_scores_that_are_not_numbers_fail_only_their_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(4)
+    running = engine("encoder_decoder")
+    decode = running.model.decode
+    sick = GenerationRequest(id="sick", input_ids=(4, 5, 6), decoding=Decoding(max_tokens=20, min_tokens=19, beams=3))
+
+    def poisoned(tokens, positions, top_k):  # type: ignore[no-untyped-def]
+        candidates = decode(tokens, positions, top_k)
+        group = running.groups.of_request("sick")
+        if group and running.hypotheses.length[: len(tokens)].max() >= 2:
+            candidates.log_probabilities[running._rows_of(group)[:1]] = np.nan
+        return candidates
+
+    monkeypatch.setattr(running.model, "decode", poisoned)
+    healthy = [random_request(rng, f"r{i}") for i in range(10)]
+    events = run(running, [*healthy, sick], rng)
+    assert events["sick"] == [Failed(Failure.NUMERICS, "the model's scores are not finite for this input")]
+    for request in healthy:
+        assert [list(h.tokens) for h in events[request.id][-1].hypotheses] == [
+            h.tokens for h in expected("encoder_decoder", request)
+        ]
