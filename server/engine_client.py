@@ -6,7 +6,7 @@ of the implementation, so it can move without the service noticing.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +34,7 @@ class EngineClient(Protocol):
             server.runtime.RuntimeUnavailable: when the device or the model cannot be brought up.
         """
 
-    def submit(self, request: GenerationRequest | EncodingRequest) -> AsyncIterator[Event]:
+    def submit(self, request: GenerationRequest | EncodingRequest) -> AsyncGenerator[Event, None]:
         """Hands over a request; yields its events, the last of which is Finished, Encoded or Failed.
 
         Closing the iterator early (``aclose``, or cancelling the task that reads it) cancels the request: its rows are free
@@ -45,4 +45,7 @@ class EngineClient(Protocol):
     def status(self) -> EngineStatus: ...
 
     async def drain(self, timeout: float) -> None:
-        """Refuses new requests, waits up to ``timeout`` seconds for those in flight, then fails the rest and stops."""
+        """Refuses new requests, waits up to ``timeout`` seconds for those in flight, then fails the rest and stops.
+
+        May be called again while it waits, with a shorter time.
+        """

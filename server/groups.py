@@ -1,4 +1,4 @@
-"""The live requests. What each asked for stands in arrays, one entry per group, so that a step looks it up for all rows at once."""
+"""The live requests. What each asked for stands in arrays, one entry per group: a step looks it up for all rows at once."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -104,7 +104,7 @@ class InProcessEngine:
             waiting_tokens=self._tokens_in_flight * waiting // max(1, in_flight),
         )
 
-    async def submit(self, request: Request) -> AsyncIterator[Event]:
+    async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         if self._draining or not self._alive:
             failure = Failure.SHUTTING_DOWN if self._draining else Failure.ENGINE
             yield Failed(failure, "the server is shutting down" if self._draining else "the engine is not running")
@@ -141,6 +141,7 @@ class InProcessEngine:
             return False
         self._tokens_in_flight -= len(request.input_ids)
         if not self._outboxes:
+            self._live_rows = self._live_requests = 0  # no step will say so
             self._idle.set()
         return True
 

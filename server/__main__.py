@@ -1,0 +1,95 @@
+"""``python -m server BUNDLE…``: wires bundles, engines, service and metrics together, and serves until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from export.bundle import BundleError
+from server.admission import AdmissionLimits
+from server.config import ConfigError, Device, EngineOptions, ServerOptions
+from server.loading import load_model
+from server.logs import LogLevel, configure_logging
+from server.metrics import Metrics
+from server.runtime import RuntimeUnavailable
+from server.server import CannotServe, Server
+
+_OPTIONS, _ENGINE, _ADMISSION = ServerOptions(), EngineOptions(), AdmissionLimits()
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def serve(
+    bundles: Annotated[list[Path], typer.Argument(help="Directories made by `python -m export`.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = _OPTIONS.host,
+    port: Annotated[int, typer.Option(help="Port of gRPC; 0 takes a free one.")] = _OPTIONS.port,
+    http_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = _OPTIONS.http_port,
+    device: Annotated[Device, typer.Option(help="Where the models run.")] = _ENGINE.device,
+    max_rows: Annotated[int | None, typer.Option(help="Most hypotheses generated at once, of all requests.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each model.", show_default="all cores")] = None,
+    max_waiting_requests: Annotated[
+        int, typer.Option(help="Inputs that may wait for one model.")
+    ] = _ADMISSION.max_waiting_requests,
+    max_waiting_tokens: Annotated[
+        int, typer.Option(help="Tokens of inputs that may wait for one model.")
+    ] = _ADMISSION.max_waiting_tokens,
+    longest_call_seconds: Annotated[
+        float, typer.Option(help="Deadline of calls that bring none, and cap on those that do.")
+    ] = _OPTIONS.longest_call_seconds,
+    drain_seconds: Annotated[
+        float, typer.Option(help="How long calls in flight may go on after SIGTERM.")
+    ] = _OPTIONS.drain_seconds,
+    reflection: Annotated[bool, typer.Option("--reflection", help="Answer gRPC reflection (grpcurl and friends).")] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="Least level that is logged.")] = LogLevel.INFO,
+) -> None:
+    """Serves Transformer bundles over gRPC, and their metrics over HTTP.
+
+    SIGTERM or SIGINT ends it gently: health turns NOT_SERVING, calls in flight finish, then it stops. A second one ends it now.
+    """
+    configure_logging(log_level)
+    try:
+        engine = EngineOptions(device=device, max_rows=max_rows, threads=threads)
+        options = ServerOptions(
+            host=host,
+            port=port,
+            http_port=http_port,
+            reflection=reflection,
+            longest_call_seconds=longest_call_seconds,
+            drain_seconds=drain_seconds,
+            admission=AdmissionLimits(max_waiting_requests=max_waiting_requests, max_waiting_tokens=max_waiting_tokens),
+        )
+        metrics = Metrics(metadata.version("transformer-serving"))
+        server = Server([load_model(path, engine, metrics.step_done) for path in bundles], options, metrics)
+    except (ConfigError, BundleError) as error:
+        raise _end(error, 2) from None
+    except RuntimeUnavailable as error:
+        raise _end(error, 1) from None
+    try:
+        asyncio.run(_serve(server))
+    except (CannotServe, RuntimeUnavailable) as error:
+        raise _end(error, 1) from None
+
+
+async def _serve(server: Server) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.ask_to_stop)
+    await server.serve()
+
+
+def _end(error: Exception, code: int) -> typer.Exit:
+    """One line, no traceback: what went wrong is the caller's to mend."""
+    typer.echo(f"error: {error}", err=True)
+    logging.shutdown()
+    return typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m server")

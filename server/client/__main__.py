@@ -1,0 +1,203 @@
+"""``python -m server.client``: the service from a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from server.client import show
+from server.client.errors import CallError
+from server.client.synchronous import SyncTransformerClient
+from server.client.types import Options, Sampling, StreamedText
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="Calls a Transformer service."
+)
+
+Texts = Annotated[list[str], typer.Argument(help="One or several texts.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print everything, one JSON object for each result.")]
+Beams = Annotated[int | None, typer.Option(help="Width of the beam search.", show_default="model's own")]
+Hypotheses = Annotated[int | None, typer.Option(help="Hypotheses (or samples) for each text.", show_default="1")]
+MaxTokens = Annotated[int | None, typer.Option(help="Longest output in tokens.", show_default="model's own")]
+MinTokens = Annotated[int | None, typer.Option(help="Shortest output in tokens.", show_default="0")]
+LengthPenalty = Annotated[float | None, typer.Option(help="Exponent of the length penalty.", show_default="model's own")]
+Temperature = Annotated[float | None, typer.Option(help="Draw at random, logits divided by this.", show_default=False)]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="Draw from the tokens that hold this probability.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Draw with this seed.", show_default=False)]
+Prefix = Annotated[str, typer.Option(help="What every output must begin with.", show_default=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where and how to call, given before the command."""
+
+    target: str
+    model: str
+    timeout: float
+
+    @contextmanager
+    def open(self, *, watch_health: bool = True) -> Iterator[SyncTransformerClient]:
+        """A failed call becomes one line on standard error: exit code 2 when the caller must change it, 1 when not."""
+        try:
+            with SyncTransformerClient(
+                self.target, model=self.model, timeout=self.timeout, watch_health=watch_health
+            ) as client:
+                yield client
+        except CallError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2 if error.callers_fault else 1) from None
+
+
+@app.callback()
+def connect(
+    context: typer.Context,
+    target: Annotated[str, typer.Option(help="Address of the service.", metavar="HOST:PORT")] = "localhost:50051",
+    model: Annotated[str, typer.Option(help="Model to call; needed when there are several.", show_default=False)] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds within which a call must end.", min=0.001)] = 30.0,
+) -> None:
+    context.obj = Connection(target, model, timeout)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    texts: Texts,
+    beams: Beams = None,
+    hypotheses: Hypotheses = None,
+    max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
+    length_penalty: LengthPenalty = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    prefix: Prefix = "",
+    json: Json = False,
+) -> None:
+    """Prints what the model writes; with several hypotheses, each with its probability."""
+    options = Options(
+        beams=beams,
+        hypotheses=hypotheses,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        length_penalty=length_penalty,
+        sampling=_sampling(temperature, top_k, top_p, seed),
+    )
+    with _client(context) as client:
+        results = client.generate(texts, options, target_prefix=prefix, return_tokens=json)
+    typer.echo(show.as_json(results) if json else show.generations(results, every=hypotheses is not None))
+
+
+@app.command()
+def stream(
+    context: typer.Context,
+    text: Annotated[str, typer.Argument(help="One text.", show_default=False)],
+    beams: Beams = None,
+    max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
+    length_penalty: LengthPenalty = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    prefix: Prefix = "",
+    json: Json = False,
+) -> None:
+    """Prints what the model writes, while it writes."""
+    options = Options(
+        beams=beams,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        length_penalty=length_penalty,
+        sampling=_sampling(temperature, top_k, top_p, seed),
+    )
+    with _client(context) as client:
+        for event in client.stream([text], options, target_prefix=prefix, return_tokens=json):
+            if json:
+                typer.echo(show.as_json([event]))
+            elif isinstance(event, StreamedText):
+                typer.echo(event.text, nl=False)
+                sys.stdout.flush()
+    if not json:
+        typer.echo()
+
+
+@app.command()
+def classify(context: typer.Context, texts: Texts, json: Json = False) -> None:
+    """Prints the probability of every class."""
+    with _client(context) as client:
+        results = client.classify(texts)
+    typer.echo(show.as_json(results) if json else show.classifications(results))
+
+
+@app.command()
+def embed(
+    context: typer.Context,
+    texts: Texts,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale each vector to length 1.")] = False,
+    json: Json = False,
+) -> None:
+    """Prints one vector for each text."""
+    with _client(context) as client:
+        results = client.embed(texts, normalize=normalize)
+    typer.echo(show.as_json(results) if json else show.embeddings(results))
+
+
+@app.command()
+def score(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Source or prompt.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="What the model is asked to find probable.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Prints the log-probability of a target."""
+    with _client(context) as client:
+        results = client.score([(source, target)], return_tokens=json)
+    typer.echo(show.as_json(results) if json else show.scores(results))
+
+
+@app.command()
+def tokenize(context: typer.Context, texts: Texts, json: Json = False) -> None:
+    """Prints the ids and pieces of each text."""
+    with _client(context) as client:
+        results = client.tokenize(texts)
+    typer.echo(show.as_json(results) if json else show.tokenizations(results))
+
+
+@app.command()
+def models(context: typer.Context, json: Json = False) -> None:
+    """Prints the models of the service and their limits."""
+    with _client(context) as client:
+        results = client.models()
+    typer.echo(show.as_json(results) if json else show.models(results))
+
+
+@app.command()
+def health(context: typer.Context) -> None:
+    """Prints SERVING, or NOT_SERVING with exit code 1."""
+    connection: Connection = context.obj
+    with connection.open(watch_health=False) as client:
+        status = client.health()
+    typer.echo(status)
+    raise typer.Exit(0 if status == "SERVING" else 1)
+
+
+def _client(context: typer.Context) -> AbstractContextManager[SyncTransformerClient]:
+    connection: Connection = context.obj
+    return connection.open()
+
+
+def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:
+    """Any of the four asks for sampling."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return None if sampling == Sampling() else sampling
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m server.client")

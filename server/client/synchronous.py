@@ -1,0 +1,130 @@
+"""The client for code without an event loop; the same methods as the asynchronous one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos import transformer_pb2 as pb
+from protos import transformer_pb2_grpc
+from server.client import messages
+from server.client.channel import SERVICE, channel_options
+from server.client.errors import CallError
+from server.client.types import (
+    Classification,
+    Embedding,
+    Generation,
+    Input,
+    ModelInfo,
+    Options,
+    Score,
+    StreamedGeneration,
+    StreamedText,
+    Tokenization,
+)
+
+
+class SyncTransformerClient:
+    """Calls a Transformer service. Every method raises CallError, and only that, for a call that ends without an answer.
+
+    Args:
+        target: a gRPC target, for example "localhost:50051" or "dns:///transformer:50051" for all replicas of a name.
+        model: the model that calls go to; may be empty when the server has only one.
+        timeout: seconds within which each call must end; there are no calls without a deadline.
+        watch_health: keep away from replicas that say NOT_SERVING.
+    """
+
+    def __init__(self, target: str, *, model: str = "", timeout: float = 30.0, watch_health: bool = True) -> None:
+        self._model = model
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(target, options=channel_options(watch_health=watch_health))
+        self._stub = transformer_pb2_grpc.TransformerStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(
+        self,
+        inputs: Sequence[Input],
+        options: Options | None = None,
+        *,
+        target_prefix: str = "",
+        return_tokens: bool = False,
+        request_id: str = "",
+    ) -> tuple[Generation, ...]:
+        """One result for each input, in order."""
+        request = messages.generate_request(self._model, inputs, options, target_prefix, return_tokens)
+        response = self._call(self._stub.Generate, request, request_id)
+        return tuple(map(messages.generation, response.results))
+
+    def stream(
+        self,
+        inputs: Sequence[Input],
+        options: Options | None = None,
+        *,
+        target_prefix: str = "",
+        return_tokens: bool = False,
+        request_id: str = "",
+    ) -> Iterator[StreamedText | StreamedGeneration]:
+        """Text of all inputs as it becomes final, and each input's whole result at its end. Leaving early cancels the call."""
+        request = messages.generate_request(self._model, inputs, options, target_prefix, return_tokens)
+        call = self._stub.GenerateStream(request, timeout=self._timeout, metadata=_metadata(request_id))
+        try:
+            for message in call:
+                yield messages.streamed(message)
+        except grpc.RpcError as error:
+            raise CallError.from_rpc(error) from None
+        finally:
+            call.cancel()
+
+    def classify(self, inputs: Sequence[Input], *, request_id: str = "") -> tuple[Classification, ...]:
+        request = pb.ClassifyRequest(model=self._model, inputs=messages.inputs_of(inputs, "inputs"))
+        response = self._call(self._stub.Classify, request, request_id)
+        return tuple(map(messages.classification, response.results))
+
+    def embed(self, inputs: Sequence[Input], *, normalize: bool = False, request_id: str = "") -> tuple[Embedding, ...]:
+        request = pb.EmbedRequest(model=self._model, inputs=messages.inputs_of(inputs, "inputs"), normalize=normalize)
+        response = self._call(self._stub.Embed, request, request_id)
+        return tuple(map(messages.embedding, response.results))
+
+    def score(
+        self, pairs: Sequence[tuple[Input, Input]], *, return_tokens: bool = False, request_id: str = ""
+    ) -> tuple[Score, ...]:
+        """How probable the model finds each (source, target)."""
+        request = messages.score_request(self._model, pairs, return_tokens)
+        response = self._call(self._stub.Score, request, request_id)
+        return tuple(map(messages.score, response.results))
+
+    def tokenize(self, texts: Sequence[str], *, request_id: str = "") -> tuple[Tokenization, ...]:
+        response = self._call(self._stub.Tokenize, messages.tokenize_request(self._model, texts), request_id)
+        return tuple(map(messages.tokenization, response.results))
+
+    def models(self, *, request_id: str = "") -> tuple[ModelInfo, ...]:
+        response = self._call(self._stub.ListModels, pb.ListModelsRequest(), request_id)
+        return tuple(map(messages.model_info, response.models))
+
+    def health(self, service: str = SERVICE) -> str:
+        """ "SERVING" or "NOT_SERVING". Set ``watch_health=False`` for it: otherwise a NOT_SERVING replica is never asked."""
+        check = health_pb2_grpc.HealthStub(self._channel).Check
+        response = self._call(check, health_pb2.HealthCheckRequest(service=service), "")
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+
+    def _call(self, method: Callable[..., Any], request: Any, request_id: str) -> Any:
+        try:
+            return method(request, timeout=self._timeout, metadata=_metadata(request_id))
+        except grpc.RpcError as error:
+            raise CallError.from_rpc(error) from None
+
+
+def _metadata(request_id: str) -> tuple[tuple[str, str], ...]:
+    return (("x-request-id", request_id),) if request_id else ()

@@ -1,0 +1,134 @@
+"""How a server is set up: one frozen dataclass a concern, each checking itself and naming every field that is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from server.admission import AdmissionLimits
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    """CUDA where ONNX Runtime has it, otherwise the CPU."""
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class ConfigError(ValueError):
+    """Options that cannot be served with. ``problems`` names every offending field, not only the first."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What each model's engine is given."""
+
+    device: Device = Device.AUTO
+    max_rows: int | None = None
+    """Most rows of the running batch; None: the engine's own choice for the device."""
+    threads: int | None = None
+    """Threads inside ONNX Runtime on the CPU; None: one for each core."""
+
+    def __post_init__(self) -> None:
+        if problems := _below(self, {name: 1 for name in ("max_rows", "threads") if getattr(self, name) is not None}):
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportLimits:
+    """Bounds of the HTTP/2 side, and how long connections live."""
+
+    max_request_bytes: int = 8 * 1024 * 1024
+    max_concurrent_calls: int = 8192
+    """A backstop far behind admission: it refuses probes too, and names no time to come back."""
+    max_streams_per_connection: int = 1024
+    max_metadata_bytes: int = 8192
+    max_connection_age_seconds: float = 300.0
+    """Connections are renewed this often (gRPC adds some jitter), so that clients find new replicas."""
+    keepalive_seconds: float = 60.0
+    """An idle connection is checked this often, so that a caller that vanished is noticed."""
+    least_client_ping_seconds: float = 10.0
+    """Clients that ping more often are sent away; our own client pings every 30 s."""
+
+    def grpc_options(self, longest_call_seconds: float) -> list[tuple[str, int]]:
+        """Channel arguments of gRPC's core."""
+        return [
+            ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a silent half of the traffic
+            ("grpc.max_receive_message_length", self.max_request_bytes),
+            ("grpc.max_send_message_length", -1),  # our own results, bounded by the limits of the call
+            ("grpc.max_concurrent_streams", self.max_streams_per_connection),
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", 2 * self.max_metadata_bytes),
+            ("grpc.keepalive_time_ms", _milliseconds(self.keepalive_seconds)),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", _milliseconds(self.least_client_ping_seconds)),
+            ("grpc.max_connection_age_ms", _milliseconds(self.max_connection_age_seconds)),
+            ("grpc.max_connection_age_grace_ms", _milliseconds(longest_call_seconds + 10)),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Everything about a server that is not its models.
+
+    Raises:
+        ConfigError: for impossible values, all of them at once, each by its field's name.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    """Of gRPC; 0 takes a free one."""
+    http_port: int = 8080
+    """Of /metrics; 0 takes a free one."""
+    reflection: bool = False
+    longest_call_seconds: float = 600.0
+    """The deadline of a call that brings none, and the cap on one that does."""
+    write_timeout_seconds: float = 30.0
+    """A stream that is not read for this long is ended."""
+    drain_seconds: float = 30.0
+    """How long calls in flight may go on after the server was asked to stop."""
+    notice_seconds: float = 1.0
+    """How long new calls are still taken after health has turned NOT_SERVING, so that clients can turn away first."""
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    transport: TransportLimits = field(default_factory=TransportLimits)
+
+    def __post_init__(self) -> None:
+        problems = _below(self, {"port": 0, "http_port": 0, "drain_seconds": 0, "notice_seconds": 0})
+        problems += [
+            f"{name} must be at most 65535, not {getattr(self, name)}"
+            for name in ("port", "http_port")
+            if getattr(self, name) > 65535
+        ]
+        problems += _below(self.admission, {"max_waiting_requests": 1, "max_waiting_tokens": 1})
+        problems += [
+            f"{name} must be above 0, not {getattr(self, name):g}"
+            for name in ("longest_call_seconds", "write_timeout_seconds")
+            if not getattr(self, name) > 0
+        ]
+        if not self.host:
+            problems.append("host must not be empty")
+        if self.port == self.http_port != 0:
+            problems.append(f"port and http_port must differ, both are {self.port}")
+        if problems:
+            raise ConfigError(problems)
+
+    def address(self, port: int) -> str:
+        """``host:port`` as gRPC writes it."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
+
+def _below(options: object, least: dict[str, int]) -> list[str]:
+    return [
+        f"{name} must be at least {low}, not {getattr(options, name)}"
+        for name, low in least.items()
+        if not getattr(options, name) >= low
+    ]
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

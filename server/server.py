@@ -1,0 +1,171 @@
+"""A server's life: ``startup``, ``main_loop``, ``shutdown``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from google.protobuf.internal import api_implementation
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos import transformer_pb2_grpc
+from server.config import ServerOptions
+from server.health import Health
+from server.http import PagesServer
+from server.interceptors import Guard
+from server.metrics import Metrics
+from server.models import Models, ServedModel
+from server.service import NAME, TransformerService
+
+_log = logging.getLogger(__name__)
+
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_WATCH_SECONDS = 0.25
+"""How often the engines are looked at; a dead one turns health within this time."""
+_LAST_ANSWERS_SECONDS = 1.0
+"""For handlers to send what the drained engines gave them."""
+
+
+class CannotServe(RuntimeError):
+    """The server cannot begin: one line saying why."""
+
+
+class Server:
+    """Serves models over gRPC and their metrics over HTTP. Starts nothing until ``startup``."""
+
+    def __init__(self, models: Iterable[ServedModel], options: ServerOptions, metrics: Metrics) -> None:
+        self.port = options.port
+        """Of gRPC; the real one after ``startup``."""
+        self.http_port = options.http_port
+        self._options = options
+        self._models = Models(models)
+        self._metrics = metrics
+        self._pages: PagesServer | None = None
+        self._health = Health("", NAME)
+        self._service = TransformerService(
+            self._models, options.admission, metrics, write_timeout_seconds=options.write_timeout_seconds
+        )
+        self._grpc: grpc.aio.Server | None = None
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+
+    @property
+    def serving(self) -> bool:
+        """What health says."""
+        return self._health.serving
+
+    async def serve(self) -> None:
+        """Returns after ``ask_to_stop``, when everything has ended."""
+        try:
+            await self.startup()
+            await self.main_loop()
+        finally:
+            await self.shutdown()
+
+    def ask_to_stop(self) -> None:
+        """The first time: finish what is in flight. The second time: now."""
+        (self._force if self._stop.is_set() else self._stop).set()
+
+    async def startup(self) -> None:
+        """Answers probes at once, and calls once every engine is warm.
+
+        Raises:
+            CannotServe: when a port is taken, or protobuf would run in pure Python.
+        """
+        if (backend := api_implementation.Type()) != "upb":  # pure Python has no bound on nesting, and is slow
+            raise CannotServe(f"protobuf must run on its upb backend, not {backend!r}")
+        self._grpc = self._bind()
+        await self._grpc.start()
+        try:
+            self._pages = PagesServer(self._options.host, self._options.http_port, {"/metrics": self._metrics.page})
+        except OSError as error:
+            raise CannotServe(f"cannot listen on {self._options.address(self._options.http_port)}: {error.strerror}") from None
+        self.http_port = self._pages.port
+        for model in self._models:
+            self._metrics.add_model(model)
+        _log.info("warming up", extra={"port": self.port, "http_port": self.http_port})
+        warm = asyncio.gather(*(model.engine.start() for model in self._models))
+        if await _done_before(self._stop, warm):
+            warm.result()
+            self._service.open = True
+            self._set_serving(True)
+        else:
+            warm.cancel()
+
+    async def main_loop(self) -> None:
+        """Keeps health true to the engines until asked to stop."""
+        while not self._stop.is_set():
+            alive = all(model.engine.status.alive for model in self._models)
+            if alive is not self._health.serving:
+                self._set_serving(alive)
+            await _wait(self._stop, _WATCH_SECONDS)
+
+    async def shutdown(self) -> None:
+        """NOT_SERVING first; then calls in flight are finished within the drain time; then the ports close."""
+        self._set_serving(False)
+        if self._grpc is not None:
+            await _wait(self._force, self._options.notice_seconds if self._service.open else 0)
+            await self._drain()
+            self._health.close()
+            await self._grpc.stop(_LAST_ANSWERS_SECONDS)
+        if self._pages is not None:
+            await asyncio.to_thread(self._pages.close)
+        _log.info("stopped")
+
+    async def _drain(self) -> None:
+        """Every engine finishes what it has; when forced, or when one does not come back, what is left fails at once."""
+        seconds = self._options.drain_seconds
+        drained = asyncio.gather(*(model.engine.drain(seconds) for model in self._models), return_exceptions=True)
+        if not await _done_before(self._force, drained, seconds + _LAST_ANSWERS_SECONDS):
+            drained.cancel()
+            drained = asyncio.gather(*(model.engine.drain(0) for model in self._models), return_exceptions=True)
+            await asyncio.wait([drained], timeout=_LAST_ANSWERS_SECONDS)
+        for error in drained.result() if drained.done() else ():
+            if error is not None:
+                _log.error("an engine could not be drained", exc_info=error)
+
+    def _bind(self) -> grpc.aio.Server:
+        options = self._options
+        guard = Guard(NAME, longest_call_seconds=options.longest_call_seconds, on_end=self._metrics.call_ended)
+        server = grpc.aio.server(
+            interceptors=[guard],
+            options=options.transport.grpc_options(options.longest_call_seconds),
+            maximum_concurrent_rpcs=options.transport.max_concurrent_calls,
+        )
+        transformer_pb2_grpc.add_TransformerServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if options.reflection:
+            reflection.enable_server_reflection((NAME, _HEALTH, reflection.SERVICE_NAME), server)
+        address = options.address(options.port)
+        try:
+            self.port = server.add_insecure_port(address)
+        except RuntimeError:
+            raise CannotServe(f"cannot listen on {address}") from None
+        return server
+
+    def _set_serving(self, serving: bool) -> None:
+        if serving is not self._health.serving:
+            _log.log(logging.INFO if serving else logging.WARNING, "serving" if serving else "not serving")
+        self._health.set_serving(serving)
+        self._metrics.set_ready(serving)
+
+
+async def _done_before(event: asyncio.Event, work: asyncio.Future[Any], seconds: float | None = None) -> bool:
+    """Waits for the work, but not beyond the event or this time; True when the work is done."""
+    interruption = asyncio.ensure_future(event.wait())
+    futures: list[asyncio.Future[Any]] = [work, interruption]
+    await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    interruption.cancel()
+    return work.done()
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Returns when the event is set, or after this time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

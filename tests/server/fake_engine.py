@@ -1,0 +1,115 @@
+"""An ``EngineClient`` that says what its script says, and remembers what was asked of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from server.engine_client import EngineStatus
+from server.requests import (
+    Encoded,
+    EncodingRequest,
+    Event,
+    Failed,
+    Failure,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Hypothesis,
+    TokensReady,
+)
+
+EOS = 2
+
+Request = GenerationRequest | EncodingRequest
+Step = Event | asyncio.Event | BaseException
+"""What a script holds: an event to emit, something to wait for, or something to raise."""
+Script = Callable[[Request], Iterable[Step]]
+
+
+class FakeEngine:
+    """Answers by ``script``; set a new one at any time."""
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.script: Script = script or echo
+        self.submitted: list[Request] = []
+        self.closed_early: list[str] = []
+        """Ids of requests whose iterator was closed before its last event."""
+        self.live = 0
+        self.alive = True
+        self.waiting_requests = 0
+        self.waiting_tokens = 0
+        self.warm = asyncio.Event()
+        self.warm.set()
+        self.drains: list[float] = []
+        self._draining = False
+
+    async def start(self) -> None:
+        await self.warm.wait()
+
+    async def submit(self, request: Request) -> AsyncIterator[Event]:
+        if self._draining:
+            yield Failed(Failure.SHUTTING_DOWN, "the server is shutting down")
+            return
+        self.submitted.append(request)
+        self.live += 1
+        ended = False
+        try:
+            for step in self.script(request):
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                elif isinstance(step, BaseException):
+                    raise step
+                else:
+                    ended = not isinstance(step, TokensReady)
+                    yield step
+        finally:
+            self.live -= 1
+            if not ended:
+                self.closed_early.append(request.id)
+
+    @property
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            alive=self.alive,
+            live_rows=self.live,
+            waiting_requests=self.waiting_requests,
+            waiting_tokens=self.waiting_tokens,
+        )
+
+    async def drain(self, timeout: float) -> None:
+        self._draining = True
+        self.drains.append(timeout)
+        async with asyncio.timeout(timeout):
+            while self.live:
+                await asyncio.sleep(0.005)
+
+
+def echo(request: Request) -> Iterable[Step]:
+    """The input again, token by token; each further hypothesis is shorter by one token. Classes and vectors are fixed."""
+    if isinstance(request, EncodingRequest):
+        yield Encoded((0.25, 0.75), (3.0, 4.0))
+        return
+    written = request.forced or tuple(i for i in request.input_ids if i != EOS)
+    if not request.forced_only:
+        written = (*written[: request.decoding.max_tokens - 1], EOS)
+    if request.stream:
+        for token in written[:-1]:
+            yield TokensReady(0, (token,), (-0.5,))
+    yield Finished(tuple(hypothesis(written[n:]) for n in range(request.decoding.hypotheses)))
+
+
+def hypothesis(tokens: tuple[int, ...]) -> Hypothesis:
+    total = -0.5 * len(tokens)
+    return Hypothesis(
+        tokens=tokens,
+        log_probabilities=(-0.5,) * len(tokens),
+        log_probability=total,
+        score=total / max(1, len(tokens)),
+        finish_reason=FinishReason.END_OF_TEXT if tokens[-1:] == (EOS,) else FinishReason.LENGTH,
+    )
+
+
+def says(*steps: Step) -> Script:
+    """The same script for every request."""
+    return lambda request: steps

@@ -1,0 +1,59 @@
+"""Caches by pointers and pitches (as on a CUDA device) hold what numpy caches hold."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+
+import numpy as np
+import pytest
+
+from server.caches import CacheLayout, DeviceCaches
+from server.engine import Engine
+from server.runtime import SequenceRuntime, SessionSettings
+from server.sequence_model import SequenceShape
+from tests import tiny
+from tests.server.test_engine import FAMILIES, expected, random_request, run
+
+
+class HostAsDevice:
+    """A DeviceMemory whose device is the host."""
+
+    def __init__(self) -> None:
+        self.blocks: list[np.ndarray] = []
+
+    def allocate(self, size: int) -> int:
+        self.blocks.append(np.zeros(size, np.uint8))
+        return self.blocks[-1].ctypes.data
+
+    def copy(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
+        for i in range(height):
+            np.copyto(_bytes(target + i * target_pitch, width), _bytes(source + i * source_pitch, width))
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _bytes(address: int, size: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_device_caches_serve_what_the_reference_decoder_gives(family: str) -> None:
+    config, rows = tiny.shape(family), 12
+    shape = SequenceShape.from_config(config.to_dict())
+    caches = DeviceCaches(CacheLayout.of(shape, rows), 4, HostAsDevice())
+    runtime = SequenceRuntime(tiny.graphs(config), shape, rows, SessionSettings(threads=1), caches)
+    engine = Engine(runtime, start_token=1, end_token=2, join_tokens=24)
+    rng = random.Random(5)
+    requests = [random_request(rng, f"r{i}") for i in range(60)]
+    events = run(engine, requests, rng)
+    for request in requests:
+        found = [list(h.tokens) for h in events[request.id][-1].hypotheses]
+        assert found == [h.tokens for h in expected(family, request)]
+
+
+def test_layout_counts_every_byte() -> None:
+    shape = SequenceShape(layers=2, kv_heads=3, head_width=8, vocab_size=10, longest_target=5, longest_source=7)
+    layout = CacheLayout.of(shape, rows=4)
+    assert layout.bytes(4) == 4 * (2 * 2 * 4 * 3 * 5 * 8 + 2 * 2 * 4 * 3 * 7 * 8 + 4 * 2 * 2 * 3 * 8)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from server.admission import AdmissionLimits
+from server.config import ConfigError, EngineOptions, ServerOptions, TransportLimits
+from server.models import Models
+from tests.server.fake_engine import FakeEngine
+from tests.server.run_server import served_model
+
+
+def test_defaults_listen_on_this_machine_alone() -> None:
+    options = ServerOptions()
+    assert (options.address(options.port), options.http_port) == ("127.0.0.1:50051", 8080)
+
+
+def test_ipv6_addresses_are_bracketed() -> None:
+    assert ServerOptions(host="::1").address(50051) == "[::1]:50051"
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        ServerOptions(
+            port=70_000,
+            drain_seconds=-1,
+            longest_call_seconds=float("nan"),
+            admission=AdmissionLimits(max_waiting_requests=0),
+        )
+    assert [problem.split()[0] for problem in refused.value.problems] == [
+        "drain_seconds",
+        "port",
+        "max_waiting_requests",
+        "longest_call_seconds",
+    ]
+
+
+def test_two_listeners_cannot_share_a_port() -> None:
+    with pytest.raises(ConfigError, match="port and http_port must differ"):
+        ServerOptions(port=8080)
+    ServerOptions(port=0, http_port=0)
+
+
+def test_engine_options_are_counts() -> None:
+    with pytest.raises(ConfigError, match="max_rows must be at least 1, not 0; threads must be at least 1, not -2"):
+        EngineOptions(max_rows=0, threads=-2)
+
+
+def test_a_second_server_never_shares_a_port() -> None:
+    assert ("grpc.so_reuseport", 0) in TransportLimits().grpc_options(600)
+
+
+def test_connections_outlive_their_longest_call() -> None:
+    options = dict(TransportLimits().grpc_options(600))
+    assert options["grpc.max_connection_age_grace_ms"] > 600_000
+
+
+def test_models_have_names_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="two models are named 'dates'"):
+        Models([served_model(FakeEngine()), served_model(FakeEngine())])
+    with pytest.raises(ConfigError, match="at least one model"):
+        Models([])
