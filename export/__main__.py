@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,14 @@ from export.bundle import BundleError
 from export.verify import Certificate
 from model.checkpoint import RunError
 
+
+class Precision(StrEnum):
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+_FP32_ALONE = [Precision.FP32]
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -22,16 +31,27 @@ def main(
     run: Annotated[Path, typer.Argument(help="Directory that `python -m model train` wrote.")],
     bundle: Annotated[Path, typer.Argument(help="Directory to write.")],
     name: Annotated[str | None, typer.Option(help="Name that callers use for the model (default: the bundle's).")] = None,
+    precision: Annotated[
+        list[Precision], typer.Option(help="Graphs to make; fp16 is for CUDA. May be given twice.")
+    ] = _FP32_ALONE,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
 ) -> None:
     """Exports a trained run to ONNX, compares every stage with PyTorch, and writes the bundle in one piece."""
     console = Console()
     try:
-        certificate = build_bundle(run, bundle, name=name or bundle.name, force=force, report=console.print)
+        certificates = build_bundle(
+            run,
+            bundle,
+            name=name or bundle.name,
+            precisions=[p.value for p in dict.fromkeys(precision)],
+            force=force,
+            report=console.print,
+        )
     except (ExportError, BundleError, RunError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    console.print(certificate_table(certificate))
+    for certificate in certificates:
+        console.print(certificate_table(certificate))
     console.print(f"{bundle} is ready: python -m server {bundle}")
 
 

@@ -25,6 +25,10 @@ MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 class BundleError(Exception):
     """A bundle that must not be used: one line saying what and where."""
 
+    def __init__(self, message: str) -> None:
+        # Names in a stranger's bundle may hold anything, line breaks and terminal codes too.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -46,7 +50,7 @@ class Manifest:
     provenance: dict[str, Any]
     """How the weights came to be: seed, steps, data digests, metrics."""
     certificate: dict[str, Any]
-    """The parity certificate: for each stage from training to serving, how far it is from the one before."""
+    """The parity certificate of each precision: how far each stage from training to serving is from the one before."""
     files: dict[str, dict[str, Any]]
     """Relative path -> {"sha256": ..., "bytes": ...}, for every file but the manifest."""
 
@@ -58,12 +62,13 @@ class Manifest:
         """Raises BundleError for anything but an object with exactly these keys and their types."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{where}: not JSON ({error})") from None
         if not isinstance(values, dict):
             raise BundleError(f"{where}: not a JSON object")
-        if values.get("format_version") != FORMAT_VERSION:
-            raise BundleError(f"{where}: format version {values.get('format_version')!r}, this release reads {FORMAT_VERSION}")
+        found = values.get("format_version")
+        if type(found) is not int or found != FORMAT_VERSION:
+            raise BundleError(f"{where}: format version {found!r}, this release reads {FORMAT_VERSION}")
         names = {field.name for field in fields(cls)}
         if missing := sorted(names - set(values)):
             raise BundleError(f"{where}: missing {', '.join(missing)}")
@@ -72,7 +77,7 @@ class Manifest:
         kinds = {"format_version": int, "name": str, "parameters": int, "precisions": list}
         for name in sorted(names):
             kind = kinds.get(name, dict)
-            if not isinstance(values[name], kind):
+            if type(values[name]) is not kind:
                 raise BundleError(f"{where}: {name} must be a {kind.__name__}")
         return cls(**values)
 
@@ -104,7 +109,13 @@ def open_bundle(root: Path | str) -> Bundle:
     Raises:
         BundleError: one line saying what is wrong and where.
     """
-    root = Path(root)
+    try:
+        return _open(Path(root))
+    except OSError as error:
+        raise BundleError(f"{error.filename or root}: {error.strerror}") from None
+
+
+def _open(root: Path) -> Bundle:
     if root.is_symlink() or not root.is_dir():
         raise BundleError(f"{root}: not a bundle (no such directory)")
     found = _regular_files(root)
@@ -126,15 +137,31 @@ def open_bundle(root: Path | str) -> Bundle:
     for name, facts in manifest.files.items():
         if not isinstance(facts, dict) or digest(root / name) != facts.get("sha256"):
             raise BundleError(f"{root / name}: damaged (its sha256 is not the manifest's)")
-    if manifest.certificate.get("passed") is not True:
+    certificates = manifest.certificate
+    if not certificates or set(certificates) != set(manifest.precisions) or not all(map(_certified, certificates.values())):
         raise BundleError(f"{path}: the parity certificate is missing or failed")
     return Bundle(root, manifest, hashlib.sha256(raw).hexdigest())
+
+
+def _certified(certificate: dict[str, Any]) -> bool:
+    """Whether it says so, and its own numbers say so too; written so that a NaN fails."""
+    try:
+        limits, stages, metric = certificate["thresholds"], certificate["stages"], certificate["metric"]
+        return (
+            certificate["passed"] is True
+            and len(stages) > 0
+            and all(stage["max_logit_difference"] <= limits["max_logit_difference"] for stage in stages)
+            and all(stage["identical_tokens"] >= limits["identical_tokens"] for stage in stages)
+            and (not metric or metric["loss"] <= limits["metric_loss"])
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def _regular_files(root: Path) -> set[str]:
     """Relative paths of all files below ``root``; links and special files are refused."""
     names = set()
-    for folder, subfolders, files in os.walk(root):
+    for folder, subfolders, files in os.walk(root, onerror=_raise):
         for entry in [*subfolders, *files]:
             path = Path(folder) / entry
             status = path.lstat()
@@ -144,6 +171,10 @@ def _regular_files(root: Path) -> set[str]:
                 raise BundleError(f"{path}: must be a regular file with one name (no links)")
             names.add(path.relative_to(root).as_posix())
     return names
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def describe_files(root: Path) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,8 @@ class SequenceGraphs:
         self.config = config
         self.encoder = open_graph(folder / "encode.onnx") if config.has_encoder else None
         self.decoder = open_graph(folder / "decode.onnx")
+        kind = next(i.type for i in self.decoder.get_inputs() if i.name == "self_key_0")
+        self.dtype = np.float16 if kind == "tensor(float16)" else np.float32
 
     def start(self, inputs: Sequence[Sequence[int]], chunk: int | None = None) -> None:
         """Makes caches for these inputs: encodes sources, or prefills prompts but for their last token.
@@ -50,7 +52,7 @@ class SequenceGraphs:
         """
         c = self.config
         shape = (2 * c.decoder_layers, len(inputs), c.key_value_heads, c.max_target_length, c.head_width)
-        self.self_caches = np.zeros(shape, np.float32)
+        self.self_caches = np.zeros(shape, self.dtype)
         if self.encoder is not None:
             feeds = pad(inputs)
             *caches, self.newest = self.encoder.run(None, feeds)

@@ -110,7 +110,10 @@ class CrossAttention(nn.Module):
 
 
 def _stack_linear(*parts: nn.Linear) -> nn.Linear:
+    """One linear map instead of several of the same input."""
     whole = nn.Linear(parts[0].in_features, sum(p.out_features for p in parts), bias=parts[0].bias is not None)
+    if hasattr(parts[0], "input_range"):  # see export.quantize
+        whole.input_range = parts[0].input_range
     whole.weight = nn.Parameter(torch.cat([p.weight for p in parts]).detach())
     if parts[0].bias is not None:
         whole.bias = nn.Parameter(torch.cat([cast(Tensor, p.bias) for p in parts]).detach())
@@ -138,7 +141,7 @@ class EncoderStack(nn.Module):
         super().__init__()
         self.embedding = Embedded(model.encoder_embedding, model.embedding)
         rotary = model.encoder.rotary(0, model.config.max_source_length)
-        self.layers = [cast(EncoderLayer, layer) for layer in model.encoder]
+        self.layers = cast(list[EncoderLayer], nn.ModuleList(model.encoder))
         self.attentions = nn.ModuleList(PackedSelfAttention(layer.attention, rotary, causal=False) for layer in self.layers)
         self.final_norm = model.encoder.final_norm
 
@@ -221,11 +224,14 @@ class DecodeGraph(nn.Module):
         self.has_cross = model.config.has_encoder
         self.embedding = Embedded(model.decoder_embedding, model.target_embedding_weight)
         rotary = model.decoder.rotary(0, model.config.max_target_length)
-        self.layers = [cast(DecoderLayer, layer) for layer in model.decoder]
+        self.layers = cast(list[DecoderLayer], nn.ModuleList(model.decoder))
         self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary, causal=True) for layer in self.layers)
         self.crosses = nn.ModuleList(CrossAttention(layer.cross_attention) for layer in self.layers if self.has_cross)
         self.final_norm = model.decoder.final_norm
-        self.register_buffer("output_weight", model.output_weight.detach())
+        self.output = nn.Linear(model.config.d_model, model.config.vocab_size, bias=False)
+        self.output.weight = nn.Parameter(model.output_weight.detach())
+        if hasattr(model.decoder, "output_range"):  # see export.quantize
+            self.output.input_range = model.decoder.output_range
 
     def forward(
         self, tokens: Tensor, positions: Tensor, last: Tensor, total: Tensor, top_k: Tensor, *rest: Tensor
@@ -257,7 +263,7 @@ class DecodeGraph(nn.Module):
                 x = layer.cross_residual.leave(x, y)
             x = _feed_forward(x, layer.feed_forward, layer.feed_forward_residual)
         x = x.unflatten(0, (batch, length))[:, -1]  # [B, D]
-        logits = F.linear(self.final_norm(x), cast(Tensor, self.output_weight)).float()  # [B, V]
+        logits = self.output(self.final_norm(x)).float()  # [B, V]
         values, ids = torch.onnx.ops.symbolic_multi_out(
             "TopK",
             [logits.log_softmax(-1), top_k],

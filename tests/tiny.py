@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
 import functools
+import random
+import shutil
+import string
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +17,20 @@ import torch
 
 from export.graphs import graph_modules
 from export.trace import trace
+from model.checkpoint import Run, save_weights, write_record
 from model.config import ModelConfig
+from model.files import write_json_lines
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+
+LETTERS = string.ascii_lowercase + string.digits
+TOKENIZER = Tokenizer.train_characters([LETTERS])
+"""Ids 4 to 39."""
 
 SHAPES: dict[str, ModelConfig] = {
     "encoder_decoder": ModelConfig(
         family="encoder_decoder",
-        vocab_size=40,
+        vocab_size=TOKENIZER.vocab_size,
         d_model=32,
         heads=4,
         d_ff=64,
@@ -29,7 +41,7 @@ SHAPES: dict[str, ModelConfig] = {
     ),
     "decoder_only": ModelConfig(
         family="decoder_only",
-        vocab_size=40,
+        vocab_size=TOKENIZER.vocab_size,
         d_model=32,
         heads=2,
         kv_heads=1,
@@ -44,7 +56,7 @@ SHAPES: dict[str, ModelConfig] = {
     ),
     "encoder_only": ModelConfig(
         family="encoder_only",
-        vocab_size=40,
+        vocab_size=TOKENIZER.vocab_size,
         d_model=32,
         heads=4,
         d_ff=64,
@@ -57,26 +69,129 @@ SHAPES: dict[str, ModelConfig] = {
 }
 
 
-def shape(family: str, **changes: Any) -> ModelConfig:
+def shape(family: str, /, **changes: Any) -> ModelConfig:
     return replace(SHAPES[family], **changes)
+
+
+VARIANTS: dict[str, ModelConfig] = {
+    f"{family}: {', '.join(map(str, changes.values())) or 'as it is'}": shape(family, **changes)
+    for family, changes in [
+        ("encoder_decoder", {}),
+        (
+            "encoder_decoder",
+            {"norm": "pre", "positions": "learned", "kv_heads": 2, "tied_embeddings": "output", "activation": "gelu"},
+        ),
+        (
+            "encoder_decoder",
+            {"positions": "rotary", "heads": 2, "kv_heads": 1, "tied_embeddings": "none", "bias": False},
+        ),
+        (
+            "encoder_decoder",
+            {"norm": "pre", "positions": "rotary", "heads": 2, "share_layers": True, "scale_embeddings": False},
+        ),
+        ("decoder_only", {}),
+        ("decoder_only", {"norm": "post", "positions": "sinusoidal", "heads": 4, "kv_heads": None, "activation": "relu"}),
+        ("decoder_only", {"positions": "learned", "heads": 4, "kv_heads": 2, "tied_embeddings": "none", "share_layers": True}),
+        ("decoder_only", {"norm": "post", "kv_heads": None, "tied_embeddings": "all", "bias": True}),
+        ("encoder_only", {}),
+        ("encoder_only", {"norm": "post", "positions": "sinusoidal", "pooling": "first", "classes": 0, "kv_heads": 2}),
+        ("encoder_only", {"positions": "rotary", "heads": 2, "pooling": "first", "bias": False, "activation": "gelu"}),
+        ("encoder_only", {"norm": "post", "share_layers": True, "classes": 0, "kv_heads": 1}),
+    ]
+}
+"""Every value of every option that changes a graph, in each family that it concerns."""
 
 
 @functools.cache
 def model(config: ModelConfig, seed: int = 0) -> Transformer:
-    """Random weights, spread so that distributions are neither flat nor certain and texts end after a while."""
+    """Random weights that make a lively model: what it says depends on every token and every parameter, texts differ and end.
+
+    At the usual initial weights it would repeat its last token whatever the source, and many a defect would not show.
+    """
     torch.manual_seed(seed)
     network = Transformer(config).eval()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if name in ("embedding", "target_embedding", "output"):
-                parameter.mul_(3.0)
+            if parameter.dim() == 1:  # biases and norms, so that a graph that forgets them is wrong
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif name.endswith("positions"):
+                parameter.normal_()
+            elif name.endswith(".weight"):  # linear maps
+                parameter.normal_(std=2 * parameter.size(1) ** -0.5)
+        if config.has_decoder:
+            _liven(network, random.Random(seed))
     return network
+
+
+@functools.cache
+def exact_model(config: ModelConfig) -> Transformer:
+    """``model`` in double precision, where rounding explains no difference above 1e-9."""
+    return copy.deepcopy(model(config)).double()
+
+
+def _liven(network: Transformer, rng: random.Random) -> None:
+    """Makes the output matrix favour no token but the end, a little, and spreads logits by a standard deviation of 2."""
+    tokens = torch.tensor([token_ids(rng, 16, network.config.vocab_size) for _ in range(64)])
+    inputs = (tokens.flip(0), torch.arange(64) % 16 + 1, tokens) if network.config.has_encoder else (tokens,)
+    output = network.output_weight
+    for _ in range(3):  # with tied matrices, each correction changes the states
+        states = network.features(*inputs)
+        common = states.mean((0, 1))
+        output -= torch.outer(output @ common, common) / common.square().sum()
+        output *= 2 / (states @ output.T).std()
+    output[Tokenizer.EOS] += 2 * common / common.square().sum()
 
 
 @functools.cache
 def graphs(config: ModelConfig, seed: int = 0) -> Path:
     """The folder of the model's exported graphs."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-graphs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, module in graph_modules(model(config, seed)).items():
         trace(module, config, folder / f"{name}.onnx")
+    return folder
+
+
+def token_ids(rng: random.Random, length: int, vocab_size: int = TOKENIZER.vocab_size) -> list[int]:
+    """Any ids but the four special ones."""
+    return [rng.randrange(4, vocab_size) for _ in range(length)]
+
+
+_TASKS: dict[str, dict[str, Any]] = {
+    "encoder_decoder": {"kind": "sequence_to_sequence", "metric": "exact_match", "labels": []},
+    "decoder_only": {"kind": "language_model", "metric": "perplexity", "labels": []},
+    "encoder_only": {"kind": "classification", "metric": "accuracy", "labels": ["bad", "fair", "good"]},
+}
+
+
+def run(config: ModelConfig, examples: int = 12) -> Run:
+    """A run as if this model had been trained; its held-out examples are of many lengths."""
+    rng = random.Random(0)
+
+    def text(longest: int) -> str:
+        return "".join(rng.choices(LETTERS, k=rng.randint(1, longest)))
+
+    if config.family == "encoder_only":
+        held_out = [{"source": text(20), "label": rng.choice(["bad", "fair", "good"])} for _ in range(examples)]
+    else:
+        held_out = [{"source": text(20), "target": text(18)} for _ in range(examples)]
+    return Run(
+        model=model(config),
+        config=config,
+        tokenizer=TOKENIZER,
+        task={"name": "tiny", **_TASKS[config.family]},
+        generation={"beams": 2, "length_penalty": 1.0, "max_tokens": 16},
+        provenance={"seed": 0},
+        held_out=held_out,
+    )
+
+
+def write_run(folder: Path, config: ModelConfig) -> Path:
+    """``run`` as a directory."""
+    written = run(config)
+    folder.mkdir(parents=True)
+    write_record(folder, config, written.task, written.generation, written.provenance)
+    save_weights(written.model.state_dict(), folder / "best.safetensors")
+    written.tokenizer.save(folder / "tokenizer.json")
+    write_json_lines(folder / "held_out.jsonl", written.held_out)
     return folder

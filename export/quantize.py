@@ -1,0 +1,111 @@
+"""Eight-bit graphs whose answers do not depend on the batch.
+
+Weights are int8 with a scale for each output; activations are uint8 with one fixed scale for each matrix product, found once
+from training examples. Because nothing is measured at run time, a row's numbers cannot depend on its neighbours, and integer
+sums are exact, so they are the same bits at any batch size. (Dynamic quantisation takes its scale from the whole batch: a
+neighbour's outlier changes your answer.) A fixed scale is also the fastest: nothing has to be scanned before it is quantised.
+
+Shapes: N rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from model.transformer import Transformer
+
+
+class InputRange:
+    """A sample of the values that enter a matrix product, and their bounds, over as many calls as there are."""
+
+    def __init__(self) -> None:
+        self.low, self.high = 0.0, 0.0
+        self.samples: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        x = x.detach().flatten().float()
+        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+        self.samples.append(x[:: max(1, x.numel() // 4096)].clone())
+
+    def scale_and_zero(self) -> tuple[float, int]:
+        """The uint8 scale and zero point with the least squared error, clipping included."""
+        values = torch.cat(self.samples)
+        best = (float("inf"), 1.0, 0)
+        for share in torch.linspace(0.5, 1.0, 26).tolist():
+            scale = max(1e-8, (self.high - self.low) * share / 255)
+            zero = round(-self.low * share / scale)
+            rounded = ((values / scale).round() + zero).clamp(0, 255)
+            error = float(((rounded - zero) * scale - values).square().mean())
+            best = min(best, (error, scale, zero))
+        return best[1], best[2]
+
+
+def observe(model: Transformer, run: Callable[[], object]) -> None:
+    """Runs ``run`` and notes what enters every matrix product of ``model``: attribute ``input_range`` of each linear map, and
+    ``output_range`` of the decoder, for the output matrix."""
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.input_range = InputRange()  # type: ignore[assignment]
+            handles.append(module.register_forward_pre_hook(_note_input))
+    if model.config.has_decoder:
+        output_range = model.decoder.output_range = InputRange()  # type: ignore[assignment]
+        handles.append(model.decoder.final_norm.register_forward_hook(partial(_note_output, output_range)))
+    with torch.inference_mode():
+        run()
+    for handle in handles:
+        handle.remove()
+
+
+def _note_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    cast(InputRange, module.input_range).add(inputs[0])
+
+
+def _note_output(noted: InputRange, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    noted.add(output)
+
+
+class Int8Linear(nn.Module):
+    """``nn.Linear`` as ``QuantizeLinear`` and ``com.microsoft::QGemm``: uint8 x int8 -> float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale, zero = cast(InputRange, linear.input_range).scale_and_zero()
+        weight = linear.weight.detach().float()  # [O, I]
+        weight_scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127  # [O]
+        self.outputs = linear.out_features
+        # In the order of the operator's inputs.
+        self.register_buffer("input_scale", torch.tensor(scale))
+        self.register_buffer("input_zero", torch.tensor(zero, dtype=torch.uint8))
+        self.register_buffer("weight", (weight / weight_scale[:, None]).round().to(torch.int8).T.contiguous())  # [I, O]
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("weight_zero", torch.zeros(self.outputs, dtype=torch.int8))
+        bias = torch.zeros(self.outputs) if linear.bias is None else linear.bias.detach().float()
+        self.register_buffer("bias", (bias / (weight_scale * scale)).round().to(torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I] -> [N, O]."""
+        scale, zero, *weights = cast(list[Tensor], list(self.buffers()))
+        quantized = torch.onnx.ops.symbolic("QuantizeLinear", [x, scale, zero], dtype=torch.uint8, shape=x.shape, version=13)
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::QGemm",
+            [quantized, scale, zero, *weights],
+            dtype=torch.float32,
+            shape=(x.shape[0], self.outputs),
+            version=1,
+        )
+
+
+def quantize(module: nn.Module) -> None:
+    """Replaces every observed linear map below ``module``, but for a classifier: it is small, and last."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            if hasattr(child, "input_range") and name != "classifier":
+                setattr(module, name, Int8Linear(child))
+        else:
+            quantize(child)
