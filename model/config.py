@@ -6,8 +6,10 @@ trained or how it is served.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+
+from model.typed_table import read_table
 
 Family = Literal["encoder_decoder", "decoder_only", "encoder_only"]
 Norm = Literal["post", "pre"]
@@ -142,13 +144,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Raises ConfigError for a key that is not a field, so that a typing error is never silently dropped."""
-        known = {field.name for field in fields(cls)}
-        if strangers := sorted(set(values) - known):
-            raise ConfigError([f"unknown key {name!r}" for name in strangers])
-        if missing := sorted({"family", "vocab_size", "d_model", "heads", "d_ff"} - set(values)):
-            raise ConfigError([f"{name} is missing" for name in missing])
-        return cls(**values)
+        """Raises ConfigError for keys that are not fields, missing ones and values of a wrong type, all of them at once."""
+        problems: list[str] = []
+        config = read_table(cls, values, "", problems)
+        if config is None:
+            raise ConfigError(problems)
+        return config
 
 
 _CHOICES = {

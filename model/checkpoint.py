@@ -1,0 +1,247 @@
+"""What training leaves on the disk, and how it is read again.
+
+A run is a directory:
+
+    recipe.toml            the recipe with every default and override
+    run.json               the model's configuration, the task, generation defaults, where everything came from
+    tokenizer.json
+    best.safetensors       the weights with the best validation loss
+    average.safetensors    the mean of the last few evaluations' weights, where that is better still; preferred
+    last.safetensors       the latest weights, and what it takes to go on exactly: optimiser, generators, place in the data
+    held_out.jsonl         examples that training never saw
+    calibration.jsonl      a few training examples in ids
+    log.jsonl, loss.png    the curves
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from model.config import ConfigError, ModelConfig
+from model.files import write_atomically, write_text
+from model.recipe_sections import GenerationRecipe, TaskRecipe
+from model.tokenizer import Tokenizer, TokenizerError
+from model.transformer import Transformer
+from model.typed_table import read_table
+
+FORMAT_VERSION = 1
+WEIGHTS = ("average.safetensors", "best.safetensors")
+"""In order of preference."""
+_STATE = "training/"
+"""Prefix of the tensors in last.safetensors that are not weights."""
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used, in one line: where, and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A trained model with everything around it."""
+
+    model: Transformer
+    """In evaluation mode, on the CPU."""
+    config: ModelConfig
+    tokenizer: Tokenizer
+    task: dict[str, Any]
+    """name, kind, metric, labels."""
+    generation: dict[str, Any]
+    """beams, length_penalty, max_tokens."""
+    provenance: dict[str, Any]
+    held_out: list[dict[str, Any]]
+    calibration: list[dict[str, list[int]]]
+    """input and output, as model.batches.Example."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far training has come. Together with last.safetensors' tensors, all there is to know."""
+
+    update: int = 0
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done."""
+    seconds: float = 0.0
+    """Spent training, interruptions not counted."""
+    tokens: int = 0
+    """Labels learned from."""
+    best_loss: float | None = None
+    """Validation loss, nats a token."""
+    evaluations_since_best: int = 0
+    precision: str = "fp32"
+    started: str = ""
+
+
+def load_run(path: str | Path) -> Run:
+    """Raises RunError for anything missing or damaged."""
+    directory = Path(path)
+    record = read_record(directory)
+    task, generation = _read_sections(record, directory / "run.json")
+    try:
+        config = ModelConfig.from_dict(record["model"])
+        tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    except ConfigError as error:
+        raise RunError(f"{directory / 'run.json'}: model: {error}") from error
+    except TokenizerError as error:
+        raise RunError(str(error)) from error
+    answer = "label" if task["kind"] == "classification" else "target"
+    held_out = _read_lines(directory / "held_out.jsonl", {"source": str, answer: str})
+    calibration = _read_lines(directory / "calibration.jsonl", {"input": list, "output": list})
+    if tokenizer.vocab_size != config.vocab_size:
+        raise RunError(f"{directory}: tokenizer of {tokenizer.vocab_size} ids beside a model of {config.vocab_size}")
+    weights = next((directory / name for name in WEIGHTS if (directory / name).exists()), directory / WEIGHTS[-1])
+    model = Transformer(config)
+    load_weights(model, weights)
+    return Run(
+        model=model.eval(),
+        config=config,
+        tokenizer=tokenizer,
+        task=task,
+        generation=generation,
+        provenance=record["provenance"] | {"weights": weights.name},
+        held_out=held_out,
+        calibration=calibration,
+    )
+
+
+def _read_sections(record: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Task and generation, checked and with every default."""
+    task, generation = None, None
+    problems = [
+        f"{name} must be a section, not {record.get(name)!r:.40}"
+        for name in ("model", "task", "generation", "provenance")
+        if not isinstance(record.get(name), dict)
+    ]
+    if not problems:
+        task = read_table(TaskRecipe, record["task"], "task", problems)
+        generation = read_table(GenerationRecipe, record["generation"], "generation", problems)
+    if task and generation:
+        problems += task.problems() + generation.problems()
+    if not task or not generation or problems:
+        raise RunError(f"{path}: {'; '.join(problems)}")
+    return asdict(task), asdict(generation)
+
+
+def _read_lines(path: Path, keys: dict[str, type]) -> list[dict[str, Any]]:
+    """Examples, each with these keys and their types."""
+    try:
+        examples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    for number, example in enumerate(examples, 1):
+        if not isinstance(example, dict) or any(not isinstance(example.get(key), kind) for key, kind in keys.items()):
+            raise RunError(f"{path}: example {number} must have {' and '.join(keys)}, not {example!r:.80}")
+    return examples
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """run.json."""
+    path = directory / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path}: not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        raise RunError(f"{path}: not a run of format version {FORMAT_VERSION}")
+    return record
+
+
+def write_record(
+    directory: Path, config: ModelConfig, task: dict[str, Any], generation: dict[str, Any], provenance: dict[str, Any]
+) -> None:
+    record = {
+        "format_version": FORMAT_VERSION,
+        "model": config.to_dict(),
+        "task": task,
+        "generation": generation,
+        "provenance": provenance,
+    }
+    write_text(directory / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(on_cpu)))
+
+
+def load_weights(model: Transformer, path: Path) -> None:
+    """Raises RunError unless the file holds exactly this model's weights."""
+    _fill(model, {name: tensor for name, tensor in _read(path).items() if not name.startswith(_STATE)}, path)
+
+
+def average_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in _read(path).items():
+            total[name] = total[name] + tensor.double() if name in total else tensor.double()
+    return {name: (tensor / len(paths)).float() for name, tensor in total.items()}
+
+
+def save_progress(model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress, path: Path) -> None:
+    """One file, so that weights, optimiser and position always belong together."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{_STATE}optimizer/{index}/{name}"] = value.detach().cpu().contiguous()
+    tensors[f"{_STATE}generator/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors[f"{_STATE}generator/cuda"] = torch.cuda.get_rng_state()
+    metadata = {"progress": json.dumps(asdict(progress))}
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
+
+
+def load_progress(model: Transformer, optimizer: torch.optim.Optimizer, path: Path) -> Progress:
+    """Puts model, optimiser and random generators back to where ``save_progress`` saw them."""
+    tensors = _read(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = Progress(**json.loads((file.metadata() or {})["progress"]))
+        load_weights(model, path)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"{_STATE}optimizer/"):
+                index, key = name.removeprefix(f"{_STATE}optimizer/").split("/")
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        torch.set_rng_state(tensors[f"{_STATE}generator/cpu"])
+        if torch.cuda.is_available() and f"{_STATE}generator/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{_STATE}generator/cuda"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: does not hold the state of this training: {error}") from error
+    return progress
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise RunError(f"{path}: damaged: {error}") from error
+
+
+def _fill(model: Transformer, weights: dict[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
+    problems += [
+        f"{name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}"
+        for name, tensor in weights.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise RunError(f"{path}: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(weights)

@@ -1,0 +1,45 @@
+"""Who may write into a run's directory: a new run, one that replaces it on purpose, or the same one going on."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from model.checkpoint import RunError
+from model.recipe import Recipe, RecipeError, read_recipe
+
+MAY_CHANGE = ("max_updates", "max_epochs", "max_minutes", "patience", "device")
+"""Settings of [training] that a resumed run may set anew: they say when to stop and where to run."""
+
+
+def claim_directory(out: Path, recipe: Recipe, *, resume: bool, force: bool) -> None:
+    """Raises RunError rather than touch anything that is not to be replaced."""
+    if resume:
+        _check_same_recipe(out, recipe)
+    elif out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file")
+    elif out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise RunError(f"{out} exists: go on with --resume, or replace it with --force")
+        if not (out / "recipe.toml").exists():
+            raise RunError(f"{out} is not a run (it has no recipe.toml): remove it by hand")
+        shutil.rmtree(out)
+
+
+def _check_same_recipe(out: Path, recipe: Recipe) -> None:
+    path = out / "recipe.toml"
+    try:
+        before = asdict(read_recipe(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}: nothing to resume") from error
+    except (RecipeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: damaged: {error}") from error
+    changed = [
+        f"{section}.{key}"
+        for section, values in asdict(recipe).items()
+        for key, value in values.items()
+        if value != before[section][key] and not (section == "training" and key in MAY_CHANGE)
+    ]
+    if changed:
+        raise RunError(f"{out}: cannot resume with another {', '.join(changed)}")
