@@ -19,6 +19,7 @@ from model.checkpoint import RunError
 class Precision(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
+    INT8 = "int8"
 
 
 _FP32_ALONE = [Precision.FP32]
@@ -32,7 +33,7 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="Directory to write.")],
     name: Annotated[str | None, typer.Option(help="Name that callers use for the model (default: the bundle's).")] = None,
     precision: Annotated[
-        list[Precision], typer.Option(help="Graphs to make; fp16 is for CUDA. May be given twice.")
+        list[Precision], typer.Option(help="Graphs to make: fp32, int8 for CPUs, fp16 for CUDA; may be given several times.")
     ] = _FP32_ALONE,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
 ) -> None:

@@ -6,19 +6,24 @@ import copy
 import platform
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import onnxruntime
 import torch
 
-from export.bundle import FORMAT_VERSION, Manifest, describe_files, write_bundle
+from export.bundle import FORMAT_VERSION, Manifest, describe_files, graph_hashes, write_bundle
 from export.graphs import check_exportable, graph_modules
+from export.quantize import observe, quantize
 from export.trace import trace
 from export.verify import Certificate, verify
 from model.checkpoint import Run, load_run
+from model.decode import BOS
+from model.transformer import Transformer
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+PRECISIONS = ("fp32", "fp16", "int8")
+"""int8 is for CPUs, fp16 for CUDA devices, fp32 for both."""
 
 
 class ExportError(Exception):
@@ -37,7 +42,7 @@ def build_bundle(
     """Exports ``run_folder`` to ``target``; nothing is left there when anything fails.
 
     Args:
-        precisions: "fp32", "fp16"; each becomes its own set of graphs with its own certificate.
+        precisions: of PRECISIONS; each becomes its own set of graphs with its own certificate.
 
     Returns:
         The certificates, one for each precision.
@@ -50,16 +55,15 @@ def build_bundle(
     run = load_run(run_folder)
     if problems := check_exportable(run.config):
         raise ExportError(f"{run_folder}: {'; '.join(problems)}")
+    if not run.held_out or ("int8" in precisions and not run.calibration):
+        raise ExportError(f"{run_folder}: no examples to compare the graphs with (held_out.jsonl, calibration.jsonl)")
     certificates: list[Certificate] = []
 
     def fill(folder: Path) -> Manifest:
         shutil.copyfile(run_folder / "tokenizer.json", folder / "tokenizer.json")
         for precision in precisions:
             report(f"{precision}: tracing the graphs, comparing them with PyTorch")
-            dtype = DTYPES[precision]
-            # A copy: half precision would be the trained model's own otherwise.
-            for graph, module in graph_modules(copy.deepcopy(run.model).to(dtype)).items():
-                trace(module, run.config, folder / precision / f"{graph}.onnx", dtype)
+            _trace_graphs(run, precision, folder / precision)
             certificates.append(verify(run, folder / precision, precision))
             if failures := certificates[-1].failures:
                 raise ExportError(f"{run_folder}: the {precision} graphs do not do what PyTorch does: {'; '.join(failures)}")
@@ -69,8 +73,32 @@ def build_bundle(
     return certificates
 
 
+def _trace_graphs(run: Run, precision: str, folder: Path) -> None:
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    model = copy.deepcopy(run.model).to(dtype)  # the trained weights stay as they are
+    if precision == "int8":
+        observe(model, partial(_run_examples, model, run.calibration))
+    for name, module in graph_modules(model).items():
+        if precision == "int8":
+            quantize(module)
+        trace(module, run.config, folder / f"{name}.onnx", dtype)
+
+
+def _run_examples(model: Transformer, examples: list[dict[str, list[int]]]) -> None:
+    """One forward pass for each, as in training."""
+    for example in examples:
+        inputs, lengths = torch.tensor([example["input"]]), torch.tensor([len(example["input"])])
+        if not model.config.has_decoder:
+            model(inputs, lengths)
+        elif model.config.has_encoder:
+            model(inputs, lengths, torch.tensor([[BOS, *example["output"]]]))
+        else:
+            model(inputs)
+
+
 def _manifest(run: Run, name: str, certificates: list[Certificate], folder: Path) -> Manifest:
     config = run.config
+    files = describe_files(folder)
     versions = {package: version(package) for package in ("torch", "onnx", "onnxscript")}
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -86,6 +114,6 @@ def _manifest(run: Run, name: str, certificates: list[Certificate], folder: Path
         precisions=[certificate.precision for certificate in certificates],
         provenance=run.provenance
         | {"export": versions | {"onnxruntime": onnxruntime.__version__, "machine": platform.machine()}},
-        certificate={certificate.precision: certificate.to_dict() for certificate in certificates},
-        files=describe_files(folder),
+        certificate={c.precision: c.to_dict() | {"graphs": graph_hashes(files, c.precision)} for c in certificates},
+        files=files,
     )

@@ -79,6 +79,8 @@ class Manifest:
             kind = kinds.get(name, dict)
             if type(values[name]) is not kind:
                 raise BundleError(f"{where}: {name} must be a {kind.__name__}")
+        if not all(isinstance(precision, str) for precision in values["precisions"]):
+            raise BundleError(f"{where}: precisions must be names")
         return cls(**values)
 
 
@@ -140,6 +142,9 @@ def _open(root: Path) -> Bundle:
     certificates = manifest.certificate
     if not certificates or set(certificates) != set(manifest.precisions) or not all(map(_certified, certificates.values())):
         raise BundleError(f"{path}: the parity certificate is missing or failed")
+    for precision, certificate in certificates.items():
+        if certificate.get("graphs") != graph_hashes(manifest.files, precision):
+            raise BundleError(f"{path}: the parity certificate of {precision} is of other graphs")
     return Bundle(root, manifest, hashlib.sha256(raw).hexdigest())
 
 
@@ -183,6 +188,11 @@ def describe_files(root: Path) -> dict[str, dict[str, Any]]:
         name: {"sha256": digest(root / name), "bytes": (root / name).stat().st_size}
         for name in sorted(_regular_files(root) - {MANIFEST})
     }
+
+
+def graph_hashes(files: dict[str, dict[str, Any]], precision: str) -> dict[str, str]:
+    """sha256 of each graph of one precision: what its certificate speaks of."""
+    return {name: facts["sha256"] for name, facts in files.items() if name.startswith(f"{precision}/")}
 
 
 def write_bundle(target: Path, fill: Callable[[Path], Manifest], *, force: bool = False) -> None:

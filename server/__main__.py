@@ -13,7 +13,7 @@ import typer
 
 from export.bundle import BundleError
 from server.admission import AdmissionLimits
-from server.config import ConfigError, Device, EngineOptions, ServerOptions
+from server.config import ConfigError, Device, EngineOptions, Precision, ServerOptions
 from server.loading import load_model
 from server.logs import LogLevel, configure_logging
 from server.metrics import Metrics
@@ -32,6 +32,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port of gRPC; 0 takes a free one.")] = _OPTIONS.port,
     http_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = _OPTIONS.http_port,
     device: Annotated[Device, typer.Option(help="Where the models run.")] = _ENGINE.device,
+    precision: Annotated[Precision, typer.Option(help="Graphs of the bundle that run; auto: the fastest.")] = _ENGINE.precision,
     max_rows: Annotated[int | None, typer.Option(help="Most hypotheses generated at once, of all requests.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each model.", show_default="all cores")] = None,
     max_waiting_requests: Annotated[
@@ -55,7 +56,7 @@ def serve(
     """
     configure_logging(log_level)
     try:
-        engine = EngineOptions(device=device, max_rows=max_rows, threads=threads)
+        engine = EngineOptions(device=device, precision=precision, max_rows=max_rows, threads=threads)
         options = ServerOptions(
             host=host,
             port=port,

@@ -15,6 +15,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Precision(StrEnum):
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
 class ConfigError(ValueError):
     """Options that cannot be served with. ``problems`` names every offending field, not only the first."""
 
@@ -28,6 +35,8 @@ class EngineOptions:
     """What each model's engine is given."""
 
     device: Device = Device.AUTO
+    precision: Precision = Precision.AUTO
+    """Which of a bundle's sets of graphs runs; AUTO takes the fastest that the bundle has for the device."""
     max_rows: int | None = None
     """Most rows of the running batch; None: the engine's own choice for the device."""
     threads: int | None = None

@@ -11,7 +11,7 @@ from typing import cast
 
 from export.bundle import Bundle, BundleError, open_bundle
 from model.tokenizer import Tokenizer, TokenizerError
-from server.config import EngineOptions
+from server.config import EngineOptions, Precision
 from server.encoding_engine import EncodingEngine
 from server.engine import Engine
 from server.in_process import InProcessEngine, Stepper
@@ -23,8 +23,8 @@ from server.step_stats import StepStats
 
 _ROWS = {"cpu": 64, "cuda": 256}
 """Rows of the running batch where none are asked for: beyond these, more rows only make each step longer."""
-_PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
-"""What runs on each device, the best first."""
+_PRECISIONS = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
+"""What runs on each device, the fastest first."""
 
 
 def load_model(path: Path, options: EngineOptions, on_step: Callable[[str, StepStats], None]) -> ServedModel:
@@ -47,9 +47,7 @@ def load_model(path: Path, options: EngineOptions, on_step: Callable[[str, StepS
 
 def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Callable[[str, StepStats], None]) -> ServedModel:
     manifest = bundle.manifest
-    precision = next((p for p in _PRECISIONS[device] if p in manifest.precisions), None)
-    if precision is None:
-        raise BundleError(f"{bundle.root}: has {', '.join(manifest.precisions)}, and {device} needs {_PRECISIONS[device][0]}")
+    precision = _choose_precision(bundle, device, options.precision)
     try:
         tokenizer = Tokenizer.load(bundle.path("tokenizer.json"))
     except TokenizerError as error:
@@ -83,6 +81,19 @@ def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Call
         vocab_size=manifest.model["vocab_size"],
         tokenizer=tokenizer,
         engine=InProcessEngine(manifest.name, build, partial(on_step, manifest.name)),
+    )
+
+
+def _choose_precision(bundle: Bundle, device: str, asked: Precision) -> str:
+    """Raises BundleError when the bundle has no graphs of that precision for the device."""
+    usable = [p for p in _PRECISIONS[device] if p in bundle.manifest.precisions]
+    if asked is Precision.AUTO and usable:
+        return usable[0]
+    if asked in usable:
+        return asked
+    has = ", ".join(bundle.manifest.precisions)
+    raise BundleError(
+        f"{bundle.root}: has graphs in {has}; {device} runs {' or '.join(_PRECISIONS[device])}, {asked} was asked for"
     )
 
 

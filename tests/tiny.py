@@ -183,6 +183,7 @@ def run(config: ModelConfig, examples: int = 12) -> Run:
         generation={"beams": 2, "length_penalty": 1.0, "max_tokens": 16},
         provenance={"seed": 0},
         held_out=held_out,
+        calibration=[{"input": token_ids(rng, 9), "output": token_ids(rng, 7)} for _ in range(4)],
     )
 
 
@@ -194,4 +195,5 @@ def write_run(folder: Path, config: ModelConfig) -> Path:
     save_weights(written.model.state_dict(), folder / "best.safetensors")
     written.tokenizer.save(folder / "tokenizer.json")
     write_json_lines(folder / "held_out.jsonl", written.held_out)
+    write_json_lines(folder / "calibration.jsonl", written.calibration)
     return folder

@@ -1,0 +1,1 @@
+"""Measurements: numbers to read, never assertions about time."""
