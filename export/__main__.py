@@ -48,7 +48,7 @@ def main(
             force=force,
             report=console.print,
         )
-    except (ExportError, BundleError, RunError) as error:
+    except (ExportError, BundleError, RunError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     for certificate in certificates:

@@ -81,7 +81,7 @@ def _trace_graphs(run: Run, precision: str, folder: Path) -> None:
     for name, module in graph_modules(model).items():
         if precision == "int8":
             quantize(module)
-        trace(module, run.config, folder / f"{name}.onnx", dtype)
+        trace(module, run.config, folder / f"{name}.onnx", dtype, torch.int8 if precision == "int8" else dtype)
 
 
 def _run_examples(model: Transformer, examples: list[dict[str, list[int]]]) -> None:

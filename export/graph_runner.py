@@ -42,7 +42,7 @@ class SequenceGraphs:
         self.encoder = open_graph(folder / "encode.onnx") if config.has_encoder else None
         self.decoder = open_graph(folder / "decode.onnx")
         kind = next(i.type for i in self.decoder.get_inputs() if i.name == "self_key_0")
-        self.dtype = np.float16 if kind == "tensor(float16)" else np.float32
+        self.dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[kind]
 
     def start(self, inputs: Sequence[Sequence[int]], chunk: int | None = None) -> None:
         """Makes caches for these inputs: encodes sources, or prefills prompts but for their last token.

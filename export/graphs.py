@@ -11,7 +11,7 @@ K head width, L layers, V vocabulary, N = B x T.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ def group_query_attention(
     width: int,
     rotary: tuple[Tensor, Tensor] | None = None,
     causal: bool = True,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``com.microsoft::GroupQueryAttention``.
 
@@ -45,22 +46,29 @@ def group_query_attention(
         past: two of [B, G, C, K], appended to in place when the caller binds output and input to one buffer.
         last: [B] int32, position of each row's last token of this call.
         total: int32 scalar, the largest of ``last`` plus one.
+        scales: of int8 caches, keys' and values', each [1, G, 1, K].
 
     Returns:
         [B, T, H K] and the two caches.
     """
     batch, length = packed_or_query.shape[:2]
     cache_shape: Sequence[int | torch.SymInt] = past[0].shape if past else (batch, kv_heads, length, width)
+    inputs = [packed_or_query, key, value, *(past or (None, None)), last, total, *(rotary or (None, None))]
+    attributes: dict[str, Any] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "do_rotary": int(rotary is not None),
+        "causal": int(causal),
+    }
+    if scales:
+        inputs += [None, None, None, *scales]
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    cache_dtype = torch.int8 if scales else packed_or_query.dtype
     y, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [packed_or_query, key, value, *(past or (None, None)), last, total, *(rotary or (None, None))],
-        {
-            "num_heads": heads,
-            "kv_num_heads": kv_heads,
-            "do_rotary": int(rotary is not None),
-            "causal": int(causal),
-        },
-        dtypes=[packed_or_query.dtype] * 3,
+        inputs,
+        attributes,
+        dtypes=[packed_or_query.dtype, cache_dtype, cache_dtype],
         shapes=[(batch, length, heads * width), cache_shape, cache_shape],
         version=1,
     )
@@ -82,13 +90,14 @@ class PackedSelfAttention(nn.Module):
         self.packed = _stack_linear(trained.query, trained.key, trained.value)
         self.out = trained.out
         self.rotary, self.causal = rotary, causal
+        self.scales = cache_scales(trained) if causal else None
 
     def forward(
         self, x: Tensor, batch: int, past: tuple[Tensor, Tensor] | None, last: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         packed = self.packed(x).unflatten(0, (batch, -1))  # [B, T, (H + 2G) K]
         y, key, value = group_query_attention(
-            packed, None, None, past, last, total, rotary=self.rotary, causal=self.causal, **self.sizes
+            packed, None, None, past, last, total, rotary=self.rotary, causal=self.causal, scales=self.scales, **self.sizes
         )
         return self.out(y.flatten(0, 1)), key, value  # [N, D]
 
@@ -100,13 +109,26 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.sizes = Sizes(heads=trained.heads, kv_heads=trained.kv_heads, width=trained.width)
         self.query, self.out = trained.query, trained.out
+        self.scales = cache_scales(trained)
 
     def forward(
         self, x: Tensor, batch: int, source: tuple[Tensor, Tensor], newest: tuple[Tensor, Tensor], last: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         query = self.query(x).unflatten(0, (batch, -1))  # [B, 1, H K]
-        y, key, value = group_query_attention(query, newest[0], newest[1], source, last, total, **self.sizes)
+        y, key, value = group_query_attention(
+            query, newest[0], newest[1], source, last, total, scales=self.scales, **self.sizes
+        )
         return self.out(y.flatten(0, 1)), key, value
+
+
+def cache_scales(trained: MultiHeadAttention) -> tuple[Tensor, Tensor] | None:
+    """Scales of this attention's int8 caches, each [1, G, 1, K]; None keeps them as computed. See export.quantize."""
+    if not hasattr(trained, "cache_ranges"):
+        return None
+    key, value = (
+        (r.clamp(min=1e-6) / 127).view(1, trained.kv_heads, 1, -1) for r in cast(tuple[Tensor, Tensor], trained.cache_ranges)
+    )
+    return key, value
 
 
 def _stack_linear(*parts: nn.Linear) -> nn.Linear:
@@ -179,9 +201,12 @@ class SourceGraph(nn.Module):
         states = self.encoder(source, last, total)
         final = states.unflatten(0, (batch, length))[torch.arange(batch), last.long()]  # [B, D]
         outputs, newest = [], []
-        for projection in self.projections:
+        for projection, cross in zip(self.projections, self.cross, strict=True):
             both = projection(states).unflatten(0, (batch, length)).unflatten(2, (2, config.key_value_heads, -1))
-            outputs += [both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)]  # [B, G, S, K]
+            for i in range(2):
+                cache = both[:, :, i].transpose(1, 2)  # [B, G, S, K]
+                scales = cache_scales(cross)
+                outputs.append(cache if scales is None else (cache / scales[i]).round().clamp(-127, 127).to(torch.int8))
             newest.append(projection(final).unflatten(1, (2, -1)))  # [B, 2, G K]
         return *outputs, torch.stack(newest, dim=1)
 

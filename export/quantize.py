@@ -5,18 +5,23 @@ from training examples. Because nothing is measured at run time, a row's numbers
 sums are exact, so they are the same bits at any batch size. (Dynamic quantisation takes its scale from the whole batch: a
 neighbour's outlier changes your answer.) A fixed scale is also the fastest: nothing has to be scanned before it is quantised.
 
+Caches are int8 too, with a fixed scale for each channel: attention waits for memory, and there is a quarter of it to read.
+
 Shapes: N rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from model.attention import MultiHeadAttention
+from model.layers import FeedForward
 from model.transformer import Transformer
 
 
@@ -26,11 +31,13 @@ class InputRange:
     def __init__(self) -> None:
         self.low, self.high = 0.0, 0.0
         self.samples: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(0)
 
     def add(self, x: Tensor) -> None:
         x = x.detach().flatten().float()
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
-        self.samples.append(x[:: max(1, x.numel() // 4096)].clone())
+        # Not every n-th value: that would pick always the same channels.
+        self.samples.append(x[torch.randint(x.numel(), (min(x.numel(), 4096),), generator=self._generator)])
 
     def scale_and_zero(self) -> tuple[float, int]:
         """The uint8 scale and zero point with the least squared error, clipping included."""
@@ -47,9 +54,14 @@ class InputRange:
 
 def observe(model: Transformer, run: Callable[[], object]) -> None:
     """Runs ``run`` and notes what enters every matrix product of ``model``: attribute ``input_range`` of each linear map, and
-    ``output_range`` of the decoder, for the output matrix."""
+    ``output_range`` of the decoder, for the output matrix; ``cache_ranges`` of each attention, for its keys and values."""
     handles = []
     for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            ranges = module.cache_ranges = tuple(torch.zeros(part.out_features) for part in (module.key, module.value))  # type: ignore[assignment]
+            rotary_pairs = module.width // 2 if model.config.positions == "rotary" else 0
+            handles.append(module.key.register_forward_hook(partial(_note_channels, ranges[0], rotary_pairs)))
+            handles.append(module.value.register_forward_hook(partial(_note_channels, ranges[1], 0)))
         if isinstance(module, nn.Linear):
             module.input_range = InputRange()  # type: ignore[assignment]
             handles.append(module.register_forward_pre_hook(_note_input))
@@ -70,14 +82,25 @@ def _note_output(noted: InputRange, _module: nn.Module, _inputs: tuple[Tensor, .
     noted.add(output)
 
 
+def _note_channels(largest: Tensor, rotary_pairs: int, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Keeps the largest size of each channel of keys or values; of a pair that rotates, the length."""
+    sizes = output.abs().flatten(0, -2).amax(dim=0)
+    if rotary_pairs:
+        pairs = output.unflatten(-1, (-1, 2, rotary_pairs))  # [..., G, 2, K / 2]
+        lengths = pairs.norm(dim=-2, keepdim=True).expand_as(pairs)
+        sizes = lengths.flatten(-3).flatten(0, -2).amax(dim=0)
+    torch.maximum(largest, sizes, out=largest)
+
+
 class Int8Linear(nn.Module):
-    """``nn.Linear`` as ``QuantizeLinear`` and ``com.microsoft::QGemm``: uint8 x int8 -> float32."""
+    """``nn.Linear`` as ``QuantizeLinear`` and ``com.microsoft::QGemm``: uint8 x int8 -> float32, or uint8 for what follows."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         scale, zero = cast(InputRange, linear.input_range).scale_and_zero()
         weight = linear.weight.detach().float()  # [O, I]
         weight_scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127  # [O]
+        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
         self.outputs = linear.out_features
         # In the order of the operator's inputs.
         self.register_buffer("input_scale", torch.tensor(scale))
@@ -85,26 +108,48 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", (weight / weight_scale[:, None]).round().to(torch.int8).T.contiguous())  # [I, O]
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("weight_zero", torch.zeros(self.outputs, dtype=torch.int8))
-        bias = torch.zeros(self.outputs) if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("bias", (bias / (weight_scale * scale)).round().to(torch.int32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, I] -> [N, O]."""
-        scale, zero, *weights = cast(list[Tensor], list(self.buffers()))
-        quantized = torch.onnx.ops.symbolic("QuantizeLinear", [x, scale, zero], dtype=torch.uint8, shape=x.shape, version=13)
+    @property
+    def input_format(self) -> list[Tensor]:
+        """Scale and zero point of what enters."""
+        return cast(list[Tensor], [self.input_scale, self.input_zero])
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """[N, I] float32 -> uint8."""
+        return torch.onnx.ops.symbolic("QuantizeLinear", [x, *self.input_format], dtype=torch.uint8, shape=x.shape, version=13)
+
+    def multiply(self, quantized: Tensor, output_format: Sequence[Tensor] = ()) -> Tensor:
+        """[N, I] uint8 -> [N, O], float32 or, with the scale and zero point of an output format, uint8."""
         return torch.onnx.ops.symbolic(
             "com.microsoft::QGemm",
-            [quantized, scale, zero, *weights],
-            dtype=torch.float32,
-            shape=(x.shape[0], self.outputs),
+            [quantized, *cast(list[Tensor], list(self.buffers())), *output_format],
+            dtype=torch.uint8 if output_format else torch.float32,
+            shape=(quantized.shape[0], self.outputs),
             version=1,
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(self.quantize_input(x))
+
+
+class Int8FeedForward(nn.Module):
+    """``FeedForward`` with ReLU. Between its products the values stay uint8 with zero point 0, where saturation is the ReLU."""
+
+    def __init__(self, trained: FeedForward) -> None:
+        super().__init__()
+        self.expand, self.contract = Int8Linear(trained.expand), Int8Linear(trained.contract)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract.multiply(self.expand.multiply(self.expand.quantize_input(x), self.contract.input_format))
 
 
 def quantize(module: nn.Module) -> None:
     """Replaces every observed linear map below ``module``, but for a classifier: it is small, and last."""
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear):
+        if isinstance(child, FeedForward) and child.activation is F.relu:
+            setattr(module, name, Int8FeedForward(child))
+        elif isinstance(child, nn.Linear):
             if hasattr(child, "input_range") and name != "classifier":
                 setattr(module, name, Int8Linear(child))
         else:

@@ -256,4 +256,4 @@ def _bind_arrays(binding: ort.IOBinding, inputs: Arrays, outputs: Arrays) -> Non
 
 def _numpy_type(session: ort.InferenceSession, name: str) -> np.dtype[Any]:
     kind = next(i.type for i in session.get_inputs() if i.name == name)
-    return np.dtype({"tensor(float)": np.float32, "tensor(float16)": np.float16}[kind])
+    return np.dtype({"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[kind])

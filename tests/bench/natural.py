@@ -17,9 +17,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.layers import DecoderLayer, EncoderLayer
+from model.layers import DecoderLayer
 from model.transformer import Transformer, sinusoids
 
 EOS, MARKER, FIRST = 2, 3, 4
@@ -28,7 +29,7 @@ ENCODER_GAIN, DECODER_GAIN = 0.1, 2.0
 """Of every sublayer's output: positions must survive the encoder, the last token must not survive the decoder."""
 LOGIT_SPREAD = 5.0
 """Standard deviation of the logits: beams branch about as often as in a model trained to translate."""
-LEAST_ANGLE = 0.4
+LEAST_ANGLE = 0.5
 """Radians a position."""
 CONTRAST = 6.0
 """How much more the looking head thinks of the right position than of any other, in the exponent."""
@@ -49,6 +50,8 @@ class _Columns:
     """Set in the encoder at the marker."""
     ending: int
     """Set in the decoder where the text ends."""
+    empty: int
+    """Never set: what it holds is how far layer norms have shifted all free columns."""
 
     @classmethod
     def of(cls, config: ModelConfig) -> _Columns:
@@ -56,11 +59,11 @@ class _Columns:
         angles = 10_000.0 ** (-torch.arange(0, width, 2) / width)
         fitting = (angles > LEAST_ANGLE).nonzero()[:, 0]
         pairs = fitting[torch.linspace(0, len(fitting) - 1, min(len(fitting), config.head_width // 2)).round().long()]
-        return cls(torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten(), width - 2, width - 4)
+        return cls(torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten(), width - 2, width - 4, width - 6)
 
     @property
     def all(self) -> Tensor:
-        return torch.cat([self.positions, torch.tensor([self.marked, self.ending])])
+        return torch.cat([self.positions, torch.tensor([self.marked, self.ending, self.empty])])
 
 
 @torch.no_grad()
@@ -81,7 +84,6 @@ def natural_model(config: ModelConfig, seed: int = 0) -> Transformer:
 def _keep_free(model: Transformer, columns: _Columns) -> None:
     """No token and no sublayer writes to the free columns."""
     model.embedding[:, columns.all] = 0.0
-    model.embedding[FIRST:] /= model.embedding[FIRST:].norm(dim=1, keepdim=True)  # one size, so that positions keep theirs
     for stack, gain in ((model.encoder, ENCODER_GAIN), (model.decoder, DECODER_GAIN)):
         for name, parameter in stack.named_parameters():
             if name.endswith(("out.weight", "contract.weight")):
@@ -90,9 +92,10 @@ def _keep_free(model: Transformer, columns: _Columns) -> None:
 
 
 def _mark(model: Transformer, columns: _Columns) -> None:
-    scale = model.encoder_embedding.scale
-    model.embedding[MARKER, columns.marked] = 4.0 / scale
-    model.embedding[EOS] = 0.0
+    embedding = model.embedding
+    embedding[MARKER, columns.marked] = 4.0 / model.encoder_embedding.scale
+    embedding[MARKER:] /= embedding[MARKER:].norm(dim=1, keepdim=True)  # of one size, so that positions keep theirs
+    embedding[EOS] = 0.0
     model.embedding[EOS, columns.ending] = 3.0
 
 
@@ -104,11 +107,13 @@ def _look(model: Transformer, columns: _Columns) -> None:
     contrast = likeness[0] - likeness[1:].max()
     head = slice(attention.width)
     eye = torch.zeros(attention.width, model.config.d_model)
-    eye[torch.arange(len(columns.positions)), columns.positions] = math.sqrt(CONTRAST / contrast * math.sqrt(attention.width))
+    eye[torch.arange(len(columns.positions)), columns.positions] = 1.0
+    eye -= eye.sum(1, keepdim=True) * F.one_hot(torch.tensor(columns.empty), model.config.d_model)
+    eye *= math.sqrt(CONTRAST / contrast * math.sqrt(attention.width))
     attention.query.weight[head] = eye
     attention.key.weight[head] = eye
     attention.value.weight[head] = 0.0
-    attention.value.weight[0, columns.marked] = 1.0
+    attention.value.weight[0, columns.marked], attention.value.weight[0, columns.empty] = 1.0, -1.0
     attention.out.weight[columns.ending, 0] = 1.0
 
 
@@ -131,11 +136,8 @@ def _spread(model: Transformer, columns: _Columns, sources: Tensor, targets: Ten
     last = cast(DecoderLayer, list(model.decoder)[-1]).feed_forward_residual.norm
     last.weight[used] = LOGIT_SPREAD
     last.weight[columns.marked] = 0.0
-    last.weight[columns.ending] *= LOGIT_SPREAD
+    last.weight[[columns.ending, columns.empty]] *= LOGIT_SPREAD
     lengths = torch.full((len(sources),), sources.size(1))
     for _ in range(3):  # inputs share the matrix, so each correction changes the states
         common = model.features(sources, lengths, targets).mean((0, 1)) * used  # [D]
         model.embedding -= torch.outer(model.embedding @ common, common) / common.square().sum()
-
-
-__all__ = ["EncoderLayer", "natural_model", "source_of"]

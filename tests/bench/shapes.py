@@ -1,21 +1,23 @@
-"""The two shapes that are measured, with random weights: speed does not depend on what a model has learnt.
-
-Texts end when they have their fixed length, so that every side does the same work.
-"""
+"""The two shapes that are measured, with random weights that write like trained ones (``tests.bench.natural``)."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import platform
+import random
 from pathlib import Path
 
 import torch
 
+import export
 from export.graphs import graph_modules
 from export.quantize import observe, quantize
 from export.trace import trace
 from model.config import ModelConfig
+from model.decode import BOS, greedy_batch
 from model.transformer import Transformer
+from tests.bench.natural import natural_model, source_of
 
 BUILD = Path("build/bench")
 
@@ -48,24 +50,39 @@ LENGTHS = {"base": (20, 32), "tiny": (15, 16)}
 
 
 def build_model(shape: str) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(SHAPES[shape]).eval()
+    return natural_model(SHAPES[shape])
 
 
 def graphs(shape: str, model: Transformer, precision: str = "fp32") -> Path:
-    """The folder of the exported graphs, made once. int8 takes its scales from random texts: only its speed is of use."""
-    folder = BUILD / shape / precision
+    """The folder of the exported graphs, made once for these weights and this code."""
+    folder = BUILD / shape / f"{precision}-{_digest(model)}"
     if (folder / "decode.onnx").exists():
         return folder
     model = copy.deepcopy(model)
     if precision == "int8":
-        source, target = torch.randint(4, model.config.vocab_size, (8, 20)), torch.randint(4, model.config.vocab_size, (8, 20))
-        observe(model, lambda: model(source, torch.full((8,), 20), target))
+        observe(model, lambda: _run_examples(model))
     for name, module in graph_modules(model).items():
         if precision == "int8":
             quantize(module)
-        trace(module, model.config, folder / f"{name}.onnx")
+        trace(module, model.config, folder / f"{name}.onnx", cache_dtype=torch.int8 if precision == "int8" else None)
     return folder
+
+
+def _run_examples(model: Transformer) -> None:
+    """Texts of the model's own, from which int8 takes its scales."""
+    rng = random.Random(0)
+    sources = [source_of(rng, rng.randint(5, 40), model.config.vocab_size) for _ in range(32)]
+    for source, text in zip(sources, greedy_batch(model, sources, 40), strict=True):
+        model(torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([[BOS, *text]]))
+
+
+def _digest(model: Transformer) -> str:
+    digest = hashlib.sha256(repr(model.config).encode())
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    for source in sorted(Path(export.__path__[0]).glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def machine() -> str:
