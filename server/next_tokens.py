@@ -1,0 +1,218 @@
+"""What every live row writes next, in one pass over all rows: greedy, forced, sampled and beam-searched alike.
+
+Shapes: B live rows, W candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.beam import agreed_length, beam_step
+from server.groups import Group, GroupTable
+from server.hypotheses import Hypotheses
+from server.kv_cache import Rows
+from server.requests import Event, Failed, Failure, Finished, FinishReason, TokensReady
+from server.sampling import draw, forbid, most_probable
+from server.sequence_model import Candidates, SequenceModel
+
+
+class NextTokens:
+    """Turns the model's candidates into written tokens, events, and rows that have ended.
+
+    Args:
+        emit: told (request id, event), in order.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        hypotheses: Hypotheses,
+        groups: GroupTable,
+        end_token: int,
+        emit: Callable[[str, Event], None],
+    ) -> None:
+        self.model, self.hypotheses, self.groups = model, hypotheses, groups
+        self.end_token, self.emit = end_token, emit
+        self.tokens_written = 0
+        """Since the beginning."""
+
+    def write(self, candidates: Candidates) -> Rows:
+        """Every live row writes its next token. Returns the rows that ended; their requests' events are emitted."""
+        h, groups = self.hypotheses, self.groups
+        ids, log_p = candidates
+        n = len(ids)
+        group, length = h.group[:n], h.length[:n]
+        top = log_p[:, 0]  # before anything is forbidden: what the logits are compared with
+        broken = ~np.isfinite(top)
+        leaving = [self._fail_broken(broken)] if broken.any() else []
+        too_short = length < groups.min_tokens[group]
+        if too_short.any():
+            log_p = forbid(ids, log_p, self.end_token, too_short)
+        forced = length < groups.forced_length[group]
+        beam = groups.is_beam[group] & ~forced & ~broken
+        single = ~beam & ~broken
+        if single.any():
+            leaving.append(self._write_single(np.flatnonzero(single), ids, log_p, top, forced))
+        if beam.any():
+            leaving.append(self._write_beams(np.flatnonzero(beam), ids, log_p))
+        return np.concatenate(leaving)
+
+    def _write_single(
+        self,
+        rows: Rows,
+        ids: NDArray[np.int64],
+        log_p: NDArray[np.float32],
+        top: NDArray[np.float32],
+        forced: NDArray[np.bool_],
+    ) -> Rows:
+        """Greedy, sampled and forced rows: each writes one token. Returns the rows that ended."""
+        h, groups = self.hypotheses, self.groups
+        column = most_probable(ids, log_p)
+        tokens = np.take_along_axis(ids, column[:, None], axis=1)[:, 0]
+        scores = np.take_along_axis(log_p, column[:, None], axis=1)[:, 0]
+        sampled = rows[groups.is_sampled[h.group[rows]] & ~forced[rows]]
+        if len(sampled):
+            tokens[sampled], scores[sampled] = self._sample(sampled, ids, log_p, top)
+        pushed = rows[forced[rows]]
+        if len(pushed):
+            tokens[pushed] = groups.forced[h.group[pushed], h.length[pushed]]
+            logits = self.model.logits(pushed)
+            at = np.arange(len(pushed))
+            # The best token's logit and log-probability differ by the same constant as any other's.
+            scores[pushed] = logits[at, tokens[pushed]] - logits[at, ids[pushed, 0]] + top[pushed]
+        h.append(rows, tokens[rows], scores[rows])
+        self.tokens_written += len(rows)
+        own = h.group[rows]
+        ended = (tokens[rows] == self.end_token) & ~forced[rows]
+        ended |= (h.length[rows] >= groups.max_tokens[own]) & ~groups.is_beam[own]
+        ended |= groups.forced_only[own] & (h.length[rows] == groups.forced_length[own])
+        for row in rows[groups.streams[own] & ~groups.is_beam[own]].tolist():
+            last = h.length[row] - 1
+            ready = TokensReady(int(h.member[row]), (int(h.tokens[row, last]),), (float(h.log_probabilities[row, last]),))
+            self.emit(groups[int(h.group[row])].request.id, ready)
+        gone = rows[ended]
+        for row in gone.tolist():
+            group = groups[int(h.group[row])]
+            written, log_probabilities = h.written(row)
+            reason = FinishReason.END_OF_TEXT if written[-1] == self.end_token else FinishReason.LENGTH
+            group.finished[int(h.member[row])] = group.hypothesis(written, log_probabilities, reason)
+            group.live_rows -= 1
+            if group.live_rows == 0:
+                self._finish(group)
+        return gone
+
+    def _sample(
+        self, rows: Rows, ids: NDArray[np.int64], log_p: NDArray[np.float32], top: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Tokens and log-probabilities drawn for ``rows``."""
+        h, groups = self.hypotheses, self.groups
+        tokens, scores = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        whole = groups.needs_all_logits[h.group[rows]]
+        for part in (np.flatnonzero(~whole), np.flatnonzero(whole)):
+            if not len(part):
+                continue
+            own = rows[part]
+            group = h.group[own]
+            part_ids, part_log_p = ids[own], log_p[own]
+            if whole[part[0]]:
+                part_ids, part_log_p = self._all_candidates(own, ids, top)
+            column = draw(
+                part_log_p, h.draws[own, h.length[own]], groups.temperature[group], groups.top_k[group], groups.top_p[group]
+            )[:, None]
+            tokens[part] = np.take_along_axis(part_ids, column, axis=1)[:, 0]
+            scores[part] = np.take_along_axis(part_log_p, column, axis=1)[:, 0]
+        return tokens, scores
+
+    def _all_candidates(
+        self, rows: Rows, ids: NDArray[np.int64], top: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The whole vocabulary of each row, best first."""
+        h = self.hypotheses
+        logits = self.model.logits(rows)
+        log_p = logits - (logits[np.arange(len(rows)), ids[rows, 0]] - top[rows])[:, None]
+        order = np.argsort(-log_p, axis=1, kind="stable")
+        log_p = np.take_along_axis(log_p, order, axis=1)
+        too_short = h.length[rows] < self.groups.min_tokens[h.group[rows]]
+        return order, forbid(order, log_p, self.end_token, too_short)
+
+    def _write_beams(self, rows: Rows, ids: NDArray[np.int64], log_p: NDArray[np.float32]) -> Rows:
+        """One step of every beam search. Returns the rows of the requests that ended."""
+        h, groups = self.hypotheses, self.groups
+        rows = rows[np.lexsort((h.member[rows], h.group[rows]))]
+        numbers, index = np.unique(h.group[rows], return_inverse=True)
+        table = np.full((len(numbers), int(h.member[rows].max()) + 1), -1)
+        table[index, h.member[rows]] = rows
+        step = beam_step(table, h.total[table], ids[table], log_p[table], self.end_token)
+        for source, score in zip(step.ended_source.tolist(), step.ended_log_probability.tolist(), strict=True):
+            group = groups[int(h.group[source])]
+            tokens, scores = h.written(source)
+            group.finished[len(group.finished)] = group.hypothesis(
+                (*tokens, self.end_token), (*scores, score), FinishReason.END_OF_TEXT
+            )
+        moved = step.survivor_source != step.survivor_target
+        source, target = step.survivor_source[moved], step.survivor_target[moved]
+        if len(source):
+            self.model.branch(source, target, int(h.position[source].max()) + 1)
+            h.branch(source, target)
+        h.total[step.empty] = -np.inf
+        h.append(step.survivor_target, step.survivor_token, step.survivor_log_probability)
+        self.tokens_written += len(step.survivor_target)
+
+        present = table >= 0
+        at_limit = h.length[table].max(axis=1, initial=0, where=present) >= groups.max_tokens[numbers]
+        empty = ~((h.total[table] > -np.inf) & present).any(axis=1)
+        just_ended = np.isin(numbers, h.group[step.ended_source])
+        gone = []
+        for i in np.flatnonzero(at_limit | empty | just_ended | groups.streams[numbers]).tolist():
+            group, own = groups[int(numbers[i])], table[i][present[i]]
+            live = own[h.total[own] > -np.inf]
+            if at_limit[i] and not group.enough:
+                for row in live.tolist():
+                    tokens, scores = h.written(row)
+                    group.finished[len(group.finished)] = group.hypothesis(tokens, scores, FinishReason.LENGTH)
+            if group.enough or at_limit[i] or empty[i]:
+                self._finish(group)
+                gone.append(own)
+            elif group.request.stream:
+                self._send_agreed(group, live)
+        return np.concatenate(gone) if gone else np.empty(0, np.intp)
+
+    def _send_agreed(self, group: Group, live: Rows) -> None:
+        """Reports the tokens on which every hypothesis that may still win agrees: the live ones and the best finished one."""
+        h = self.hypotheses
+        contenders = h.tokens[live, : h.length[live[0]]]
+        agreed = agreed_length(contenders, group.sent)
+        if group.finished:
+            best = max(group.finished.values(), key=lambda f: f.score).tokens
+            while agreed > group.sent and tuple(contenders[0, group.sent : agreed]) != best[group.sent : agreed]:
+                agreed -= 1
+        if agreed > group.sent:
+            tokens = tuple(contenders[0, group.sent : agreed].tolist())
+            scores = tuple(h.log_probabilities[live[0], group.sent : agreed].tolist())
+            self.emit(group.request.id, TokensReady(0, tokens, scores))
+            group.sent = agreed
+
+    def _finish(self, group: Group) -> None:
+        results = group.results()
+        if group.request.stream and group.is_beam and group.sent < len(results[0].tokens):
+            rest = slice(group.sent, None)
+            ready = TokensReady(0, results[0].tokens[rest], results[0].log_probabilities[rest])
+            self.emit(group.request.id, ready)
+        self.emit(group.request.id, Finished(results))
+        self.groups.remove(group)
+
+    def _fail_broken(self, broken: NDArray[np.bool_]) -> Rows:
+        """Rows whose scores are not numbers fail alone, with their request; their neighbours go on."""
+        h = self.hypotheses
+        gone = []
+        for number in np.unique(h.group[np.flatnonzero(broken)]).tolist():
+            group = self.groups[number]
+            gone.append(np.flatnonzero(self.hypotheses.group[: len(broken)] == group.number))
+            self.emit(group.request.id, Failed(Failure.NUMERICS, "the model's scores are not finite for this input"))
+            self.groups.remove(group)
+        rows = np.concatenate(gone)
+        broken[rows] = True  # the group's sound rows go with it
+        return rows
