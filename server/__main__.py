@@ -13,7 +13,7 @@ import typer
 
 from export.bundle import BundleError
 from server.admission import AdmissionLimits
-from server.config import ConfigError, Device, EngineOptions, Precision, ServerOptions
+from server.config import ConfigError, Device, EngineOptions, Precision, ServerOptions, parse_size
 from server.loading import load_model
 from server.logs import LogLevel, configure_logging
 from server.metrics import Metrics
@@ -34,6 +34,9 @@ def serve(
     device: Annotated[Device, typer.Option(help="Where the models run.")] = _ENGINE.device,
     precision: Annotated[Precision, typer.Option(help="Graphs of the bundle that run; auto: the fastest.")] = _ENGINE.precision,
     max_rows: Annotated[int | None, typer.Option(help="Most hypotheses generated at once, of all requests.")] = None,
+    cache_memory: Annotated[
+        str | None, typer.Option(help="Most memory of each model's caches, like 2GiB; fewer rows fit into less.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each model.", show_default="all cores")] = None,
     max_waiting_requests: Annotated[
         int, typer.Option(help="Inputs that may wait for one model.")
@@ -56,7 +59,13 @@ def serve(
     """
     configure_logging(log_level)
     try:
-        engine = EngineOptions(device=device, precision=precision, max_rows=max_rows, threads=threads)
+        engine = EngineOptions(
+            device=device,
+            precision=precision,
+            max_rows=max_rows,
+            cache_memory=parse_size(cache_memory) if cache_memory else None,
+            threads=threads,
+        )
         options = ServerOptions(
             host=host,
             port=port,

@@ -8,6 +8,7 @@ Shapes: R row capacity, L layers, G key/value heads, C capacity (longest target)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ class Bound:
     name: str
     pointer: int
     shape: tuple[int, ...]
+    dtype: np.dtype[Any]
     in_place: bool
     """Also bound as the output ``name`` + "_out"."""
 
@@ -57,7 +59,7 @@ class Caches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Shapes of the three arrays: self-attention, cross-attention, and the newest source position."""
+    """Shapes and types of the three arrays: self-attention, cross-attention, and the newest source position."""
 
     self_shape: tuple[int, ...]
     """[L, 2, R + 1 (the staging row, without an encoder), G, C, K]."""
@@ -65,48 +67,66 @@ class CacheLayout:
     """[L, 2, R, G, S, K]."""
     newest_shape: tuple[int, ...]
     """[R, L, 2, G K]."""
+    cache_type: np.dtype[Any]
+    """Of the first two."""
+    newest_type: np.dtype[Any]
+    """As activations are: beside int8 caches it stays float32."""
 
     @classmethod
-    def of(cls, shape: SequenceShape, rows: int) -> CacheLayout:
+    def of(cls, shape: SequenceShape, rows: int, precision: str) -> CacheLayout:
         s = shape
         staging, cross_rows = (0, rows) if s.has_encoder else (1, 0)
+        cache_type, newest_type = _TYPES[precision]
         return cls(
             (s.layers, 2, rows + staging, s.kv_heads, s.longest_target, s.head_width),
             (s.layers, 2, cross_rows, s.kv_heads, s.longest_source, s.head_width),
             (cross_rows, s.layers, 2, s.kv_heads * s.head_width),
+            np.dtype(cache_type),
+            np.dtype(newest_type),
         )
 
-    def bytes(self, item_size: int) -> int:
-        return sum(int(np.prod(shape)) for shape in (self.self_shape, self.cross_shape, self.newest_shape)) * item_size
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes of the three arrays."""
+        cache, newest = self.cache_type.itemsize, self.newest_type.itemsize
+        return math.prod(self.self_shape) * cache, math.prod(self.cross_shape) * cache, math.prod(self.newest_shape) * newest
 
-    def views(self, pointers: tuple[int, int, int], item_size: int, rows: slice) -> Iterator[Bound]:
+    def views(self, pointers: tuple[int, int, int], rows: slice) -> Iterator[Bound]:
         """The tensors of the decode graph on ``rows``, given where the three arrays begin."""
         count = rows.stop - rows.start
         for kind, shape, pointer in (("self", self.self_shape, pointers[0]), ("cross", self.cross_shape, pointers[1])):
             layers, _, capacity, *rest = shape
-            row_bytes = int(np.prod(rest)) * item_size
+            row_bytes = math.prod(rest) * self.cache_type.itemsize
             for layer in range(layers if capacity else 0):
                 for i, what in enumerate(("key", "value")):
                     begin = ((2 * layer + i) * capacity + rows.start) * row_bytes
-                    yield Bound(f"{kind}_{what}_{layer}", pointer + begin, (count, *rest), in_place=True)
+                    yield Bound(f"{kind}_{what}_{layer}", pointer + begin, (count, *rest), self.cache_type, in_place=True)
         if self.newest_shape[0]:
-            begin = rows.start * int(np.prod(self.newest_shape[1:])) * item_size
-            yield Bound("newest", pointers[2] + begin, (count, *self.newest_shape[1:]), in_place=False)
+            each = self.newest_shape[1:]
+            begin = rows.start * math.prod(each) * self.newest_type.itemsize
+            yield Bound("newest", pointers[2] + begin, (count, *each), self.newest_type, in_place=False)
+
+
+_TYPES: dict[str, tuple[type, type]] = {
+    "fp32": (np.float32, np.float32),
+    "fp16": (np.float16, np.float16),
+    "int8": (np.int8, np.float32),
+}
 
 
 class HostCaches:
     """Caches in numpy arrays."""
 
-    def __init__(self, layout: CacheLayout, dtype: np.dtype[Any]) -> None:
+    def __init__(self, layout: CacheLayout) -> None:
         self._layout = layout
         # Zeroed lazily by the operating system: a page takes memory when a row first reaches it.
-        self._self = np.zeros(layout.self_shape, dtype)
-        self._cross = np.zeros(layout.cross_shape, dtype)
-        self._newest = np.zeros(layout.newest_shape, dtype)
+        self._self = np.zeros(layout.self_shape, layout.cache_type)
+        self._cross = np.zeros(layout.cross_shape, layout.cache_type)
+        self._newest = np.zeros(layout.newest_shape, layout.newest_type)
 
     def views(self, rows: slice) -> Iterator[Bound]:
         pointers = self._self.ctypes.data, self._cross.ctypes.data, self._newest.ctypes.data
-        return self._layout.views(pointers, self._self.itemsize, rows)
+        return self._layout.views(pointers, rows)
 
     def write_source(self, rows: Sequence[Rows], lengths: Array, outputs: Sequence[Any]) -> None:
         *caches, newest = (output.numpy() for output in outputs)
@@ -149,49 +169,49 @@ class DeviceMemory(Protocol):
 class DeviceCaches:
     """Caches in device memory. Rows are copied whole: on a device one long copy costs less than many short ones."""
 
-    def __init__(self, layout: CacheLayout, item_size: int, memory: DeviceMemory) -> None:
-        self._layout, self._item_size, self._memory = layout, item_size, memory
-        shapes = (layout.self_shape, layout.cross_shape, layout.newest_shape)
-        self._pointers = tuple(memory.allocate(max(1, int(np.prod(shape))) * item_size) for shape in shapes)
+    def __init__(self, layout: CacheLayout, memory: DeviceMemory) -> None:
+        self._layout, self._memory = layout, memory
+        first, second, third = (memory.allocate(max(1, size)) for size in layout.sizes)
+        self._pointers = first, second, third
 
     def views(self, rows: slice) -> Iterator[Bound]:
-        first, second, third = self._pointers
-        return self._layout.views((first, second, third), self._item_size, rows)
+        return self._layout.views(self._pointers, rows)
 
     def write_source(self, rows: Sequence[Rows], lengths: Array, outputs: Sequence[Any]) -> None:
         *caches, newest = outputs
         _, _, capacity, heads, longest, width = self._layout.cross_shape
-        pitch = longest * width * self._item_size  # of one head in the cache
-        run = caches[0].shape()[2] * width * self._item_size  # of one head in what encode gave
-        size = int(np.prod(self._layout.newest_shape[1:])) * self._item_size
+        _, cross, newest_begin = self._pointers
+        pitch = longest * width * self._layout.cache_type.itemsize  # of one head in the cache
+        run = caches[0].shape()[2] * width * self._layout.cache_type.itemsize  # of one head in what encode gave
+        size = math.prod(self._layout.newest_shape[1:]) * self._layout.newest_type.itemsize
         for i, own in enumerate(rows):
             for row in own.tolist():
                 for j, cache in enumerate(caches):
-                    target = self._pointers[1] + (j * capacity + row) * heads * pitch
+                    target = cross + (j * capacity + row) * heads * pitch
                     self._memory.copy(target, pitch, cache.data_ptr() + i * heads * run, run, run, heads)
-                self._memory.copy(self._pointers[2] + row * size, size, newest.data_ptr() + i * size, size, size, 1)
+                self._memory.copy(newest_begin + row * size, size, newest.data_ptr() + i * size, size, size, 1)
         self._memory.synchronize()
 
     def adopt(self, rows: Rows, length: int) -> None:
         staging = np.full(len(rows), self._layout.self_shape[2] - 1)
-        self._copy_rows(0, self._layout.self_shape, staging, rows)
+        self._copy_rows(0, staging, rows)
         self._memory.synchronize()
 
     def branch(self, source: Rows, target: Rows, length: int) -> None:
-        self._copy_rows(0, self._layout.self_shape, source, target)
+        self._copy_rows(0, source, target)
         self._memory.synchronize()
 
     def move(self, source: Rows, target: Rows, length: int, source_length: int) -> None:
-        self._copy_rows(0, self._layout.self_shape, source, target)
-        if self._layout.newest_shape[0]:
-            self._copy_rows(1, self._layout.cross_shape, source, target)
-            self._copy_rows(2, (1, 1, *self._layout.newest_shape), source, target)
+        for which in range(3 if self._layout.newest_shape[0] else 1):
+            self._copy_rows(which, source, target)
         self._memory.synchronize()
 
-    def _copy_rows(self, which: int, shape: tuple[int, ...], source: Rows, target: Rows) -> None:
-        """Rows of all layers, keys and values alike, in one copy each."""
-        layers, two, capacity, *rest = shape
-        row = int(np.prod(rest)) * self._item_size
+    def _copy_rows(self, which: int, source: Rows, target: Rows) -> None:
+        """Rows of one of the three arrays, of all layers, keys and values alike, in one copy each."""
+        layout = self._layout
+        shape = (layout.self_shape, layout.cross_shape, (1, 1, *layout.newest_shape))[which]
+        planes, capacity = shape[0] * shape[1], shape[2]
+        row = layout.sizes[which] // (planes * capacity)
         begin, pitch = self._pointers[which], capacity * row
         for s, t in zip(source.tolist(), target.tolist(), strict=True):
-            self._memory.copy(begin + t * row, pitch, begin + s * row, pitch, row, layers * two)
+            self._memory.copy(begin + t * row, pitch, begin + s * row, pitch, row, planes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -39,12 +40,30 @@ class EngineOptions:
     """Which of a bundle's sets of graphs runs; AUTO takes the fastest that the bundle has for the device."""
     max_rows: int | None = None
     """Most rows of the running batch; None: the engine's own choice for the device."""
+    cache_memory: int | None = None
+    """Most bytes that each model's caches may take; rows are cut to fit. None: as many as the rows need."""
     threads: int | None = None
     """Threads inside ONNX Runtime on the CPU; None: one for each core."""
 
     def __post_init__(self) -> None:
-        if problems := _below(self, {name: 1 for name in ("max_rows", "threads") if getattr(self, name) is not None}):
+        given = [name for name in ("max_rows", "cache_memory", "threads") if getattr(self, name) is not None]
+        if problems := _below(self, dict.fromkeys(given, 1)):
             raise ConfigError(problems)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "800M", "2GiB", "1.5G" (powers of 1,024) or plain digits.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError([f"a size is written like 800M or 2GiB, not {text!r}"])
+    return round(float(match[1]) * _UNITS[match[2].upper()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,14 @@ from typing import cast
 
 from export.bundle import Bundle, BundleError, open_bundle
 from model.tokenizer import Tokenizer, TokenizerError
+from server.caches import CacheLayout
 from server.config import EngineOptions, Precision
 from server.encoding_engine import EncodingEngine
 from server.engine import Engine
 from server.in_process import InProcessEngine, Stepper
 from server.models import ServedModel
 from server.requests import Decoding, EncodingRequest, GenerationDefaults, GenerationRequest, Limits
-from server.runtime import EncodingRuntime, SequenceRuntime, SessionSettings, choose_device
+from server.runtime import EncodingRuntime, RuntimeUnavailable, SequenceRuntime, SessionSettings, choose_device
 from server.sequence_model import SequenceShape
 from server.step_stats import StepStats
 
@@ -59,7 +60,7 @@ def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Call
         raise BundleError(
             f"{bundle.root}: the tokenizer has {tokenizer.vocab_size} ids, the model only {manifest.model['vocab_size']}"
         )
-    rows = options.max_rows or _ROWS[device]
+    rows = _choose_rows(bundle, device, precision, options)
     settings = SessionSettings(device=device, threads=options.threads or 0)
     build = partial(_build_engine, bundle, precision, rows, settings)
     limits = Limits(
@@ -82,6 +83,24 @@ def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Call
         tokenizer=tokenizer,
         engine=InProcessEngine(manifest.name, build, partial(on_step, manifest.name)),
     )
+
+
+def _choose_rows(bundle: Bundle, device: str, precision: str, options: EngineOptions) -> int:
+    """As many as were asked for, or fit into the memory that was given.
+
+    Raises:
+        RuntimeUnavailable: when not even one fits.
+    """
+    rows, config = options.max_rows or _ROWS[device], bundle.manifest.model
+    if options.cache_memory is None or config["family"] == "encoder_only":
+        return rows
+    shape = SequenceShape.from_config(config)
+    one, two = (sum(CacheLayout.of(shape, count, precision).sizes) for count in (1, 2))
+    if options.cache_memory < one:
+        raise RuntimeUnavailable(
+            f"{bundle.root}: --cache-memory of {options.cache_memory:,} bytes is less than the {one:,} that one row takes"
+        )
+    return min(rows, 1 + (options.cache_memory - one) // (two - one))
 
 
 def _choose_precision(bundle: Bundle, device: str, asked: Precision) -> str:

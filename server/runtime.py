@@ -90,7 +90,6 @@ class SequenceRuntime:
         self._device = settings.device
         self._decode = open_session(graphs / "decode.onnx", settings)
         self._encode = open_session(graphs / "encode.onnx", settings) if shape.has_encoder else None
-        self._dtype = _numpy_type(self._decode, "self_key_0")
         self._device_memory = self._open_device() if settings.device == "cuda" else None
         self._caches = caches or self._make_caches()
         self._tokens = np.zeros((rows, 1), np.int64)
@@ -112,13 +111,13 @@ class SequenceRuntime:
         return memory
 
     def _make_caches(self) -> Caches:
-        layout = CacheLayout.of(self.shape, self.rows)
+        layout = CacheLayout.of(self.shape, self.rows, _precision(self._decode))
         if self._device_memory is None:
-            return HostCaches(layout, self._dtype)
+            return HostCaches(layout)
         try:
-            return DeviceCaches(layout, self._dtype.itemsize, self._device_memory)
+            return DeviceCaches(layout, self._device_memory)
         except CudaError as error:
-            size = layout.bytes(self._dtype.itemsize)
+            size = sum(layout.sizes)
             raise RuntimeUnavailable(f"caches of {self.rows} rows ({size / 2**20:,.0f} MiB) on the device: {error}") from None
 
     @property
@@ -216,7 +215,7 @@ class SequenceRuntime:
 
     def _bind_caches(self, binding: ort.IOBinding, rows: slice) -> None:
         for bound in self._caches.views(rows):
-            where = self._device, 0, self._dtype.type, bound.shape, bound.pointer
+            where = self._device, 0, bound.dtype.type, bound.shape, bound.pointer
             binding.bind_input(bound.name, *where)
             if bound.in_place:
                 binding.bind_output(f"{bound.name}_out", *where)
@@ -254,6 +253,6 @@ def _bind_arrays(binding: ort.IOBinding, inputs: Arrays, outputs: Arrays) -> Non
         binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _numpy_type(session: ort.InferenceSession, name: str) -> np.dtype[Any]:
-    kind = next(i.type for i in session.get_inputs() if i.name == name)
-    return np.dtype({"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[kind])
+def _precision(decode: ort.InferenceSession) -> str:
+    kind = next(i.type for i in decode.get_inputs() if i.name == "self_key_0")
+    return {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(int8)": "int8"}[kind]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from export.graphs import graph_modules
+from export.quantize import observe, quantize
 from export.trace import trace
 from model.checkpoint import Run, save_weights, write_record
 from model.config import ModelConfig
@@ -143,17 +144,34 @@ def _liven(network: Transformer, rng: random.Random) -> None:
 
 
 @functools.cache
-def graphs(config: ModelConfig, seed: int = 0) -> Path:
-    """The folder of the model's exported graphs."""
+def graphs(config: ModelConfig, seed: int = 0, precision: str = "fp32") -> Path:
+    """The folder of the model's exported graphs; int8 takes its scales from random texts."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-graphs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name, module in graph_modules(model(config, seed)).items():
-        trace(module, config, folder / f"{name}.onnx")
+    network = copy.deepcopy(model(config, seed))
+    if precision == "int8":
+        observe(network, lambda: _run_random_texts(network))
+    for name, module in graph_modules(network).items():
+        if precision == "int8":
+            quantize(module)
+        trace(module, config, folder / f"{name}.onnx", cache_dtype=torch.int8 if precision == "int8" else None)
     return folder
 
 
+def _run_random_texts(network: Transformer) -> None:
+    rng = random.Random(1)
+    texts = torch.tensor([token_ids(rng, 20, network.config.vocab_size) for _ in range(32)])
+    lengths = torch.full((len(texts),), 20)
+    if not network.config.has_encoder:
+        network(texts)
+    elif network.config.has_decoder:
+        network(texts, lengths, texts.flip(0))
+    else:
+        network(texts, lengths)
+
+
 def token_ids(rng: random.Random, length: int, vocab_size: int = TOKENIZER.vocab_size) -> list[int]:
-    """Any ids but the four special ones."""
+    """No special tokens among them."""
     return [rng.randrange(4, vocab_size) for _ in range(length)]
 
 

@@ -42,7 +42,7 @@ def _bytes(address: int, size: int) -> np.ndarray:
 def test_device_caches_serve_what_the_reference_decoder_gives(family: str) -> None:
     config, rows = tiny.shape(family), 12
     shape = SequenceShape.from_config(config.to_dict())
-    caches = DeviceCaches(CacheLayout.of(shape, rows), 4, HostAsDevice())
+    caches = DeviceCaches(CacheLayout.of(shape, rows, "fp32"), HostAsDevice())
     runtime = SequenceRuntime(tiny.graphs(config), shape, rows, SessionSettings(threads=1), caches)
     engine = Engine(runtime, start_token=1, end_token=2, join_tokens=24)
     rng = random.Random(5)
@@ -55,5 +55,6 @@ def test_device_caches_serve_what_the_reference_decoder_gives(family: str) -> No
 
 def test_layout_counts_every_byte() -> None:
     shape = SequenceShape(layers=2, kv_heads=3, head_width=8, vocab_size=10, longest_target=5, longest_source=7)
-    layout = CacheLayout.of(shape, rows=4)
-    assert layout.bytes(4) == 4 * (2 * 2 * 4 * 3 * 5 * 8 + 2 * 2 * 4 * 3 * 7 * 8 + 4 * 2 * 2 * 3 * 8)
+    self_, cross, newest = 2 * 2 * 4 * 3 * 5 * 8, 2 * 2 * 4 * 3 * 7 * 8, 4 * 2 * 2 * 3 * 8
+    assert CacheLayout.of(shape, 4, "fp32").sizes == (4 * self_, 4 * cross, 4 * newest)
+    assert CacheLayout.of(shape, 4, "int8").sizes == (self_, cross, 4 * newest)

@@ -17,10 +17,10 @@ from tests import tiny
 FAMILIES = ["encoder_decoder", "decoder_only"]
 
 
-def engine(family: str, rows: int = 16, join_tokens: int = 24) -> Engine:
+def engine(family: str, rows: int = 16, join_tokens: int = 24, precision: str = "fp32") -> Engine:
     config = tiny.shape(family)
     runtime = SequenceRuntime(
-        tiny.graphs(config), SequenceShape.from_config(config.to_dict()), rows, SessionSettings(threads=1)
+        tiny.graphs(config, precision=precision), SequenceShape.from_config(config.to_dict()), rows, SessionSettings(threads=1)
     )
     return Engine(runtime, start_token=reference.BOS, end_token=reference.EOS, join_tokens=join_tokens)
 
@@ -152,6 +152,22 @@ def test_every_hypothesis_begins_with_the_forced_prefix(beams: int) -> None:
         assert hypothesis.tokens[:3] == prefix
         wanted = reference.score(tiny.model(tiny.shape("encoder_decoder")), request.input_ids, hypothesis.tokens)
         np.testing.assert_allclose(hypothesis.log_probabilities, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_result_does_not_depend_on_its_neighbours(family: str, precision: str) -> None:
+    """The same tokens and, in eight bits, the same scores to the last bit: no scale is taken from the batch."""
+    rng = random.Random(6)
+    running = engine(family, rows=24, precision=precision)
+    requests = [random_request(rng, f"r{i}") for i in range(60)]
+    together = run(running, requests, rng)
+    for request in requests:
+        alone = run(running, [request], rng)[request.id][-1].hypotheses
+        crowded = together[request.id][-1].hypotheses
+        assert [h.tokens for h in alone] == [h.tokens for h in crowded]
+        if precision == "int8":
+            assert [h.log_probabilities for h in alone] == [h.log_probabilities for h in crowded]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
