@@ -189,7 +189,7 @@ class Engine:
 
     def _decode(self) -> Candidates:
         n, h = self.rows.live, self.hypotheses
-        wanted = max(group.candidates() for group in self.groups)
+        wanted = self.groups.candidates[h.group[:n]].max()
         choices = self.model.top_k_choices
         top_k = next((k for k in choices if k >= wanted), choices[-1])
         self._work.rows = n

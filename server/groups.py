@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from server.requests import FinishReason, GenerationRequest, Hypothesis
+from server.requests import Decoding, FinishReason, GenerationRequest, Hypothesis
 
 MAX_CANDIDATES = 64
 """Candidates a step brings back for each row; a sampled row that may need more reads all logits."""
@@ -52,15 +52,15 @@ class Group:
             return tuple(ranked[: self.request.decoding.hypotheses])
         return tuple(self.finished[i] for i in sorted(self.finished))
 
-    def candidates(self) -> int:
-        """How many candidates of each row a step must bring back for this request."""
-        decoding = self.request.decoding
-        spare = 1 if decoding.min_tokens else 0  # the forbidden end-of-text token may take a place
-        if self.is_beam:
-            return 2 * decoding.beams + spare
-        if decoding.sampling and 0 < decoding.sampling.top_k < MAX_CANDIDATES:
-            return decoding.sampling.top_k + spare
-        return 1 + spare
+
+def _candidates(decoding: Decoding) -> int:
+    """How many candidates of each row a step must bring back for such a request."""
+    spare = 1 if decoding.min_tokens else 0  # the forbidden end-of-text token may take a place
+    if decoding.beams > 1:
+        return 2 * decoding.beams + spare
+    if decoding.sampling and 0 < decoding.sampling.top_k < MAX_CANDIDATES:
+        return decoding.sampling.top_k + spare
+    return 1 + spare
 
 
 class GroupTable:
@@ -87,6 +87,8 @@ class GroupTable:
         self.top_p = np.ones(capacity, np.float64)
         self.forced = np.zeros((capacity, longest), np.int64)
         self.forced_length = np.zeros(capacity, np.int32)
+        self.candidates = np.zeros(capacity, np.int32)
+        """Candidates of each row that a step must bring back."""
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -113,6 +115,7 @@ class GroupTable:
         self.max_tokens[number] = decoding.max_tokens
         self.forced[number, : len(request.forced)] = request.forced
         self.forced_length[number] = len(request.forced)
+        self.candidates[number] = _candidates(decoding)
         if sampling:
             self.needs_all_logits[number] = not 0 < sampling.top_k < MAX_CANDIDATES
             self.temperature[number] = sampling.temperature
