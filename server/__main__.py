@@ -37,7 +37,7 @@ def serve(
     cache_memory: Annotated[
         str | None, typer.Option(help="Most memory of each model's caches, like 2GiB; fewer rows fit into less.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each model.", show_default="all cores")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each model.", show_default="all cores but one")] = None,
     max_waiting_requests: Annotated[
         int, typer.Option(help="Inputs that may wait for one model.")
     ] = _ADMISSION.max_waiting_requests,

@@ -43,7 +43,7 @@ class EngineOptions:
     cache_memory: int | None = None
     """Most bytes that each model's caches may take; rows are cut to fit. None: as many as the rows need."""
     threads: int | None = None
-    """Threads inside ONNX Runtime on the CPU; None: one for each core."""
+    """Threads inside ONNX Runtime on the CPU; None: one for each core but one, which the service needs."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("max_rows", "cache_memory", "threads") if getattr(self, name) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -61,7 +62,7 @@ def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Call
             f"{bundle.root}: the tokenizer has {tokenizer.vocab_size} ids, the model only {manifest.model['vocab_size']}"
         )
     rows = _choose_rows(bundle, device, precision, options)
-    settings = SessionSettings(device=device, threads=options.threads or 0)
+    settings = SessionSettings(device=device, threads=options.threads or _usual_threads())
     build = partial(_build_engine, bundle, precision, rows, settings)
     limits = Limits(
         max_input_tokens=manifest.limits["max_input_tokens"], max_output_tokens=manifest.limits["max_output_tokens"]
@@ -83,6 +84,11 @@ def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Call
         tokenizer=tokenizer,
         engine=InProcessEngine(manifest.name, build, partial(on_step, manifest.name)),
     )
+
+
+def _usual_threads() -> int:
+    """One core stays free for the service: on two cores, a second thread in ONNX Runtime halves what is served."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _choose_rows(bundle: Bundle, device: str, precision: str, options: EngineOptions) -> int:
