@@ -6,7 +6,7 @@ A run is a directory:
     run.json               the model's configuration, the task, generation defaults, where everything came from
     tokenizer.json
     best.safetensors       the weights with the best validation loss
-    average.safetensors    the mean of the last few evaluations' weights, where that is better still; preferred
+    average.safetensors    the mean of the last few evaluations' weights, if the recipe asks for it; preferred
     last.safetensors       the latest weights, and what it takes to go on exactly: optimiser, generators, place in the data
     held_out.jsonl         examples that training never saw
     calibration.jsonl      a few training examples in ids
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ class Progress:
     """Spent training, interruptions not counted."""
     tokens: int = 0
     """Labels learned from."""
-    best_loss: float | None = None
-    """Validation loss, nats a token."""
+    best: list[float] = field(default_factory=list)
+    """``Validation.rank`` of the best evaluation; empty before the first."""
     evaluations_since_best: int = 0
     precision: str = "fp32"
     started: str = ""
@@ -117,7 +117,7 @@ def _read_sections(record: dict[str, Any], path: Path) -> tuple[dict[str, Any], 
     """Task and generation, checked and with every default."""
     task, generation = None, None
     problems = [
-        f"{name} must be a section, not {record.get(name)!r:.40}"
+        f"{name} must be a section, not {record[name]!r:.40}" if name in record else f"{name} is missing"
         for name in ("model", "task", "generation", "provenance")
         if not isinstance(record.get(name), dict)
     ]

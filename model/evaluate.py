@@ -14,7 +14,7 @@ from model.batches import Corpus, windows
 from model.checkpoint import Run
 from model.data import DataError, read_labelled, read_parallel, read_text
 from model.decode import beam_search, greedy_batch, score
-from model.objective import validation_loss
+from model.objective import validate
 from model.tokenizer import Tokenizer
 
 _BATCH_TOKENS = 8192
@@ -111,7 +111,7 @@ def _text_perplexity(run: Run, text: str) -> dict[str, float]:
         raise DataError("the text has fewer than 2 tokens")
     examples = windows(tokens, run.config.max_target_length)
     epoch = Corpus(examples=lambda _: examples, kind="language_model", batch_tokens=_BATCH_TOKENS, seed=0).epoch(0)
-    nats = validation_loss(run.model, epoch)
+    nats = validate(run.model, epoch).loss
     return _perplexity(nats, nats * (len(tokens) - 1), len(run.tokenizer.decode(tokens[1:])))
 
 

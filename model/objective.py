@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,20 +26,33 @@ def training_loss(model: Transformer, batch: Batch, smoothing: float, dtype: tor
     return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing, reduction="sum")
 
 
+@dataclass(frozen=True, slots=True)
+class Validation:
+    loss: float
+    """Mean -log p(label), in nats: in float32, without dropout or smoothing."""
+    error: float | None = None
+    """The share of texts whose most probable class is the wrong one."""
+
+    def rank(self) -> list[float]:
+        """The lower, the better. Classes are compared by errors first: a classifier's loss rises while it still learns."""
+        return [self.loss] if self.error is None else [self.error, self.loss]
+
+
 @torch.no_grad()
-def validation_loss(model: Transformer, epoch: Epoch) -> float:
-    """Mean -log p(label), in nats: in float32, without dropout or smoothing. Leaves the model in the mode it was in."""
+def validate(model: Transformer, epoch: Epoch) -> Validation:
+    """Leaves the model in the mode it was in."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    total, count = 0.0, 0
+    loss, wrong, count = 0.0, 0, 0
     for i in range(len(epoch)):
         batch = epoch[i].to(device)
         if model.config.has_decoder:
-            total += float(negative_log_likelihood(model.features(*batch.inputs), model.output_weight, batch.labels))
+            loss += float(negative_log_likelihood(model.features(*batch.inputs), model.output_weight, batch.labels))
         else:
             logits = model.classify(*batch.inputs).logits
             assert logits is not None
-            total += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
+            loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
+            wrong += int((logits.argmax(-1) != batch.labels).sum())
         count += batch.label_count
     model.train(was_training)
-    return total / count
+    return Validation(loss / count, None if model.config.has_decoder else wrong / count)

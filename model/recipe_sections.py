@@ -113,7 +113,7 @@ class TrainingRecipe:
     """0: no limit, as for the next two."""
     max_minutes: float = 0.0
     patience: int = 0
-    """Stop after this many evaluations without a better validation loss."""
+    """Stop after this many evaluations that are no better than the best: by loss, of classes by errors."""
     evaluate_every: int = 0
     """Updates between evaluations; 0: at the end of each epoch."""
     batch_tokens: int

@@ -33,7 +33,7 @@ from model.claim import claim_directory
 from model.device import PRECISIONS, describe_machine, keep_freed_memory, pick_device, pick_precision
 from model.evaluate import evaluate_run
 from model.files import write_json_lines, write_text
-from model.objective import training_loss, validation_loss
+from model.objective import training_loss, validate
 from model.optim import make_optimizer
 from model.prepare import Prepared, prepare
 from model.recipe import Recipe
@@ -121,7 +121,7 @@ class Trainer:
         self.log.say(f"stopped after {self.progress.update:,} updates: {self._is_over()}")
 
     def finish(self) -> Run:
-        """Averages checkpoints if that helps, measures the task's metric, records it and draws the curve."""
+        """Averages checkpoints if the recipe says so, measures the task's metric, records it and draws the curve."""
         self._write_average()
         run = load_run(self.out)
         run.model.to(self.device)
@@ -189,12 +189,12 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        """The validation loss; best.safetensors if it is the lowest so far; last.safetensors and run.json in any case."""
+        """Validation; best.safetensors if it is the best so far; last.safetensors and run.json in any case."""
         progress = self.progress
-        loss = validation_loss(self.model, self.validation)
-        better = progress.best_loss is None or loss < progress.best_loss
+        validation = validate(self.model, self.validation)
+        better = not progress.best or validation.rank() < progress.best
         if better:
-            progress.best_loss, progress.evaluations_since_best = loss, 0
+            progress.best, progress.evaluations_since_best = validation.rank(), 0
             save_weights(self.model.state_dict(), self.out / "best.safetensors")
         else:
             progress.evaluations_since_best += 1
@@ -203,7 +203,8 @@ class Trainer:
         self._read_clock()
         save_progress(self.model, self.optimizer, progress, self.out / "last.safetensors")
         self._write_record({})
-        entry = {"update": progress.update, "epoch": progress.epoch, "validation_loss": loss}
+        entry = {"update": progress.update, "epoch": progress.epoch, "validation_loss": validation.loss}
+        entry |= {} if validation.error is None else {"validation_error": validation.error}
         self.log.evaluation(entry | {"seconds": round(progress.seconds, 3)}, better)
 
     def _keep_for_average(self) -> None:
@@ -214,18 +215,15 @@ class Trainer:
             old.unlink()
 
     def _write_average(self) -> None:
-        """average.safetensors, unless the best single checkpoint is better."""
+        """average.safetensors. Its output is better than its validation loss: that may be no lower than the best single one."""
         paths = sorted((self.out / "checkpoints").glob("*.safetensors"))
-        best = self.progress.best_loss
-        if len(paths) < 2 or best is None:
+        if len(paths) < 2:
             return
         average = self.out / "average.safetensors"
         save_weights(average_weights(paths), average)
         load_weights(self.model, average)
-        loss = validation_loss(self.model, self.validation)
-        self.log.say(f"average of {len(paths)} checkpoints: validation loss {loss:.4f}; best single {best:.4f}")
-        if loss > best:
-            average.unlink()
+        loss, best = validate(self.model, self.validation).loss, self.progress.best[-1]
+        self.log.say(f"average of {len(paths)} checkpoints: validation loss {loss:.4f}; best single one {best:.4f}")
 
     def _is_over(self) -> str:
         """Why training is over; empty while it is not."""
@@ -237,7 +235,7 @@ class Trainer:
         if settings.max_minutes and progress.seconds >= 60 * settings.max_minutes:
             return "max_minutes"
         if settings.patience and progress.evaluations_since_best >= settings.patience:
-            return f"no better validation loss in {progress.evaluations_since_best} evaluations"
+            return f"nothing better in {progress.evaluations_since_best} evaluations"
         return ""
 
     def _read_clock(self) -> None:
@@ -275,7 +273,7 @@ class Trainer:
             "precision": progress.precision,
             "torch": torch.__version__,
             "data": self.prepared.digests,
-            "validation_loss": progress.best_loss,
+            "validation_loss": progress.best[-1],
             "metrics": metrics,
         }
         write_record(self.out, self.model.config, asdict(recipe.task), asdict(recipe.generation), provenance)

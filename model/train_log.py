@@ -49,9 +49,10 @@ class TrainLog:
 
     def evaluation(self, entry: dict[str, Any], better: bool) -> None:
         self._file.write(_line(entry))
+        error = f" · {entry['validation_error']:.1%} wrong" if "validation_error" in entry else ""
         mark = " (best)" if better else ""
         self.say(
-            f"update {entry['update']:>6,} · epoch {entry['epoch']} · validation loss {entry['validation_loss']:.4f}{mark}"
+            f"update {entry['update']:>6,} · epoch {entry['epoch']} · validation loss {entry['validation_loss']:.4f}{error}{mark}"
             f" · {entry['seconds']:.0f} s"
         )
 

@@ -1,7 +1,11 @@
 """What holds for every test."""
 
-import os
+from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 # One thread for each process: tests run tiny models, and on a busy machine threads that wait for each other cost far more.
@@ -10,3 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No deadline for an example: whether the machine is busy is not what is tested. Every run tries the same examples.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A bundle of a tiny model with random weights, for each family; the run it came from lies beside it."""
+    from export.build import build_bundle  # here, because most tests need no torch
+    from tests import tiny
+
+    root = tmp_path_factory.mktemp("bundles")
+    for family, config in tiny.SHAPES.items():
+        build_bundle(tiny.write_run(root / f"{family}.run", config), root / family, name=family)
+    return {family: root / family for family in tiny.SHAPES}

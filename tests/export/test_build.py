@@ -27,16 +27,10 @@ from tests import tiny
 FAMILIES = list(tiny.SHAPES)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    return {family: tiny.write_run(folder / family, config) for family, config in tiny.SHAPES.items()}
-
-
 @pytest.fixture
-def run(runs: dict[str, Path], tmp_path: Path) -> Path:
+def run(bundles: dict[str, Path], tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(runs["decoder_only"], tmp_path / "run"))
+    return Path(shutil.copytree(bundles["decoder_only"].with_suffix(".run"), tmp_path / "run"))
 
 
 @pytest.fixture
@@ -51,15 +45,12 @@ def traced_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_becomes_a_bundle(runs: dict[str, Path], family: str, tmp_path: Path) -> None:
-    reports: list[str] = []
-    (certificate,) = build_bundle(runs[family], tmp_path / "new" / "bundle", name="tiny", report=reports.append)
-    assert reports
-    bundle = open_bundle(tmp_path / "new" / "bundle")
+def test_a_run_becomes_a_bundle(bundles: dict[str, Path], family: str) -> None:
+    bundle = open_bundle(bundles[family])
     manifest, config = bundle.manifest, tiny.shape(family)
     graphs = ["decode"] if family == "decoder_only" else ["encode"] if family == "encoder_only" else ["decode", "encode"]
     assert sorted(manifest.files) == [*(f"fp32/{graph}.onnx" for graph in graphs), "tokenizer.json"]
-    assert (manifest.name, manifest.precisions) == ("tiny", ["fp32"])
+    assert (manifest.name, manifest.precisions) == (family, ["fp32"])
     assert ModelConfig.from_dict(manifest.model) == config
     assert manifest.parameters == sum(p.numel() for p in tiny.model(config).parameters())
     assert manifest.task["name"] == "tiny"
@@ -69,7 +60,7 @@ def test_a_run_becomes_a_bundle(runs: dict[str, Path], family: str, tmp_path: Pa
     longest = {"encoder_decoder": (24, 24), "decoder_only": (47, 48), "encoder_only": (24, 0)}[family]
     assert manifest.limits == {"max_input_tokens": longest[0], "max_output_tokens": longest[1]}
     assert manifest.certificate["fp32"]["passed"] is True
-    assert manifest.certificate["fp32"]["stages"] == json.loads(json.dumps(certificate.stages))
+    assert len(manifest.certificate["fp32"]["stages"]) >= 2
     assert tiny.TOKENIZER.encode_text("dates") == type(tiny.TOKENIZER).load(bundle.path("tokenizer.json")).encode_text("dates")
 
     inputs = [[5, 6, 7, 30, 31], [9, 8]]
@@ -83,7 +74,10 @@ def test_a_run_becomes_a_bundle(runs: dict[str, Path], family: str, tmp_path: Pa
 @pytest.mark.usefixtures("traced_before")
 def test_nothing_is_replaced_without_force(run: Path, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
-    build_bundle(run, target, name="first")
+    reports: list[str] = []
+    (certificate,) = build_bundle(run, target, name="first", report=reports.append)
+    assert reports
+    assert open_bundle(target).manifest.certificate["fp32"]["stages"] == certificate.stages
     before = open_bundle(target).fingerprint
     with pytest.raises(BundleError, match=r"exists already \(--force replaces it\)"):
         build_bundle(run, target, name="second")
@@ -167,8 +161,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.usefixtures("traced_before")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_run_is_refused_with_one_line(run: Path, tmp_path: Path, runs: dict[str, Path], damage: str) -> None:
-    shutil.copytree(runs["encoder_only"], tmp_path / "other")
+def test_a_damaged_run_is_refused_with_one_line(run: Path, tmp_path: Path, bundles: dict[str, Path], damage: str) -> None:
+    shutil.copytree(bundles["encoder_only"].with_suffix(".run"), tmp_path / "other")
     do, problem = DAMAGES[damage]
     do(run)
     with pytest.raises((RunError, ExportError), match=problem) as caught:

@@ -36,7 +36,7 @@ def random_request(rng: random.Random, name: str) -> GenerationRequest:
             beams=beams,
             hypotheses=rng.randint(1, beams),
             length_penalty=rng.choice([0.0, 0.6, 1.0]),
-            patience=rng.choice([1.0, 1.0, 2.0]),
+            patience=rng.choice([1.0, 1.0, 0.6, 1.7]),
             **common,
         )
     elif kind == "sample":
@@ -110,12 +110,42 @@ def test_mixed_batch_gives_what_the_reference_decoder_gives(family: str) -> None
             )
             assert (found.finish_reason is FinishReason.END_OF_TEXT) == (want.tokens[-1] == reference.EOS)
         assert bool(deltas) == request.stream
-        streamed: dict[int, list[int]] = {}
+        streamed: dict[int, list[tuple[int, float]]] = {}
         for delta in deltas:
             assert isinstance(delta, TokensReady)
-            streamed.setdefault(delta.hypothesis, []).extend(delta.tokens)
+            streamed.setdefault(delta.hypothesis, []).extend(zip(delta.tokens, delta.log_probabilities, strict=True))
         for index, tokens in streamed.items():
-            assert tokens == list(last.hypotheses[index].tokens)
+            whole = last.hypotheses[index]
+            assert tokens == list(zip(whole.tokens, whole.log_probabilities, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_account_for_every_request_and_token(family: str) -> None:
+    rng = random.Random(7)
+    running = engine(family, rows=8, join_tokens=10)
+    requests = [r for r in (random_request(rng, f"r{i}") for i in range(60)) if r.decoding.beams == 1]
+    written, waited, encoded, joined = 0, list[float](), 0, 0
+    for request in requests:
+        running.submit(request)
+    while running.has_work:
+        waiting, live = len(running.scheduler), running.rows.live
+        events, stats = running.step()
+        ended = sum(isinstance(event, Finished) for _, event in events)
+        written, encoded, joined = written + stats.new_tokens, encoded + stats.encoded_tokens, joined + stats.encoded_requests
+        waited += stats.queue_seconds
+        assert stats.encoded_tokens <= 10 or (family == "encoder_decoder" and stats.encoded_requests == 1)
+        assert live <= stats.rows <= stats.row_capacity == 8
+        assert stats.live_rows == running.rows.live
+        assert len(requests) == joined + stats.waiting_requests
+        assert stats.waiting_requests <= waiting + 1
+        assert stats.live_requests + ended >= stats.encoded_requests
+        assert stats.waiting_tokens == sum(len(w.request.input_ids) for w in running.scheduler)
+        assert 0.0 <= stats.runtime_seconds <= stats.seconds
+    assert joined == len(waited) == len(requests)
+    assert min(waited) >= 0.0
+    assert encoded == sum(len(r.input_ids) - (family == "decoder_only") for r in requests)
+    assert written == sum(len(h.tokens) for r in requests for h in expected(family, r))
+    assert (stats.live_rows, stats.live_requests, stats.waiting_requests, stats.waiting_tokens) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,24 +227,89 @@ def test_cancelled_requests_free_their_rows_at_once_and_disturb_nobody(family: s
         assert [list(h.tokens) for h in events[request.id][-1].hypotheses] == [h.tokens for h in expected(family, request)]
 
 
-def test_scores_that_are_not_numbers_fail_only_their_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", [{"beams": 3}, {"hypotheses": 3, "sampling": Sampling(seed=1)}], ids=["beams", "samples"])
+def test_scores_that_are_not_numbers_fail_only_their_request(kind: dict, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(4)
     running = engine("encoder_decoder")
     decode = running.model.decode
-    sick = GenerationRequest(id="sick", input_ids=(4, 5, 6), decoding=Decoding(max_tokens=20, min_tokens=19, beams=3))
+    decoding = Decoding(max_tokens=20, min_tokens=19, **kind)
+    sick = GenerationRequest(id="sick", input_ids=(4, 5, 6), decoding=decoding, stream=stream)
 
-    def poisoned(tokens, positions, top_k):  # type: ignore[no-untyped-def]
+    def poisoned(tokens, positions, top_k):
         candidates = decode(tokens, positions, top_k)
         group = running.groups.of_request("sick")
-        if group and running.hypotheses.length[: len(tokens)].max() >= 2:
-            candidates.log_probabilities[running._rows_of(group)[:1]] = np.nan
+        own = np.flatnonzero(running.hypotheses.group[: len(tokens)] == group.number) if group else []
+        if len(own) and running.hypotheses.length[own].max() >= 2:
+            candidates.log_probabilities[own[:1]] = np.nan  # one of its rows
         return candidates
 
     monkeypatch.setattr(running.model, "decode", poisoned)
     healthy = [random_request(rng, f"r{i}") for i in range(10)]
     events = run(running, [*healthy, sick], rng)
-    assert events["sick"] == [Failed(Failure.NUMERICS, "the model's scores are not finite for this input")]
+    *deltas, last = events["sick"]
+    assert last == Failed(Failure.NUMERICS, "the model's scores are not finite for this input")
+    assert not deltas or stream
+    assert running.rows.live == len(running.groups) == 0
     for request in healthy:
-        assert [list(h.tokens) for h in events[request.id][-1].hypotheses] == [
-            h.tokens for h in expected("encoder_decoder", request)
-        ]
+        assert tokens_of(events[request.id]) == [h.tokens for h in expected("encoder_decoder", request)]
+
+
+def tokens_of(events: list) -> list[list[int]]:
+    return [list(hypothesis.tokens) for hypothesis in events[-1].hypotheses]
+
+
+KINDS = {
+    "greedy": {},
+    "beams": {"beams": 4, "hypotheses": 4},
+    "samples from all": {"hypotheses": 3, "sampling": Sampling(seed=5)},
+    "samples from a few": {"hypotheses": 3, "sampling": Sampling(seed=5, top_k=3, temperature=2.0)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_text_ends_before_its_least_length(family: str, kind: str) -> None:
+    rng = random.Random(8)
+    requests = [
+        GenerationRequest(
+            id=f"r{i}",
+            input_ids=tuple(tiny.token_ids(rng, rng.randint(1, 20))),
+            decoding=Decoding(max_tokens=14, min_tokens=rng.choice([0, 4, 13, 14]), **KINDS[kind]),
+        )
+        for i in range(16)
+    ]
+    events = run(engine(family), requests, rng)
+    for request in requests:
+        found = tokens_of(events[request.id])
+        assert all(reference.EOS not in tokens[: request.decoding.min_tokens] for tokens in found)
+        assert found == [h.tokens for h in expected(family, request)]
+
+
+def test_beams_wider_than_the_vocabulary() -> None:
+    """Some beams hold nothing at first, and must come alive with their parent's position and text."""
+    config = tiny.shape("decoder_only", vocab_size=6)
+    shape = SequenceShape.from_config(config.to_dict())
+    runtime = SequenceRuntime(tiny.graphs(config), shape, 20, SessionSettings(threads=1))
+    running = Engine(runtime, start_token=reference.BOS, end_token=reference.EOS)
+    rng = random.Random(9)
+    requests = [
+        GenerationRequest(
+            id=f"r{i}",
+            input_ids=tuple(rng.choices([4, 5], k=rng.randint(1, 6))),
+            decoding=Decoding(max_tokens=6, min_tokens=rng.choice([0, 3]), beams=beams, hypotheses=beams, patience=2.0),
+            stream=True,
+        )
+        for i, beams in enumerate([8, 2, 16, 7, 4, 8])
+    ]
+    events = run(running, requests, rng)
+    for request in requests:
+        wanted = reference.beam_search(
+            tiny.model(config),
+            request.input_ids,
+            beams=request.decoding.beams,
+            max_tokens=6,
+            min_tokens=request.decoding.min_tokens,
+            patience=2.0,
+        )
+        assert tokens_of(events[request.id]) == [h.tokens for h in wanted]
