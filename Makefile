@@ -40,7 +40,7 @@ clean: ## Remove what make created, but not trained models
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 bundles/dates/manifest.json: | $(BUILD)
-	test -e runs/dates/run.json || $(BIN)/python -m model train dates --out runs/dates
+	$(BIN)/python -m model train dates --out runs/dates $(if $(wildcard runs/dates/last.safetensors),--resume,--force)
 	$(BIN)/python -m export runs/dates bundles/dates
 
 $(BIN)/python:

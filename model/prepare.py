@@ -137,7 +137,7 @@ def _make_tokenizer(recipe: Recipe, texts: Sequence[str]) -> Tokenizer:
     if wanted.kind == "characters":
         return Tokenizer.train_characters(texts, wanted.normalization)
     if wanted.kind == "bpe":
-        return Tokenizer.train_bpe(texts, wanted.vocab_size, wanted.normalization)
+        return Tokenizer.train_bpe(texts, wanted.vocab_size, wanted.normalization, prefix_space=wanted.prefix_space)
     path = recipe.path(wanted.codes)
     try:
         return Tokenizer.from_subword_nmt(read_text(path).split("\n"), texts)

@@ -96,6 +96,8 @@ class TokenizerRecipe:
     codes: str = ""
     """subword_nmt: the file of merges, below data.root."""
     normalization: Normalization = "none"
+    prefix_space: bool = False
+    """bpe: spell the first word of a text as any other. For classifiers: a text that begins with a space loses it."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -103,6 +105,8 @@ class TokenizerRecipe:
             problems.append(f"tokenizer.vocab_size must be {'set' if self.kind == 'bpe' else '0'} for {self.kind}")
         if (self.kind == "subword_nmt") != bool(self.codes):
             problems.append(f"tokenizer.codes must be {'set' if self.kind == 'subword_nmt' else 'empty'} for {self.kind}")
+        if self.prefix_space and self.kind != "bpe":
+            problems.append(f"tokenizer.prefix_space must be false for {self.kind}")
         return problems
 
 

@@ -56,15 +56,23 @@ class Tokenizer:
         return cls(library)
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int, normalization: Normalization = "none") -> Tokenizer:
-        """Byte-level BPE (Radford et al. 2019): any text can be encoded, nothing is unknown, decoding is exact."""
+    def train_bpe(
+        cls, texts: Iterable[str], vocab_size: int, normalization: Normalization = "none", *, prefix_space: bool = False
+    ) -> Tokenizer:
+        """Byte-level BPE (Radford et al. 2019): any text can be encoded, nothing is unknown, decoding is exact.
+
+        Args:
+            prefix_space: spell the first word of a text as any other, with a space in front, which decoding takes off again.
+        """
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         if vocab_size < len(SPECIAL_TOKENS) + len(alphabet):
             raise TokenizerError(f"vocab_size must be at least {len(SPECIAL_TOKENS) + len(alphabet)}, not {vocab_size}")
         library = tokenizers.Tokenizer(models.BPE())
         _normalize(library, normalization)
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
         library.decoder = decoders.ByteLevel()
+        if prefix_space:
+            library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS), show_progress=False
         )

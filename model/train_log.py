@@ -52,8 +52,8 @@ class TrainLog:
         error = f" · {entry['validation_error']:.1%} wrong" if "validation_error" in entry else ""
         mark = " (best)" if better else ""
         self.say(
-            f"update {entry['update']:>6,} · epoch {entry['epoch']} · validation loss {entry['validation_loss']:.4f}{error}{mark}"
-            f" · {entry['seconds']:.0f} s"
+            f"update {entry['update']:>6,} · epoch {entry['epoch']} · validation loss {entry['validation_loss']:.4f}"
+            f"{error}{mark} · {entry['seconds']:.0f} s"
         )
 
     def say(self, text: str) -> None:

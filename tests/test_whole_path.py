@@ -13,7 +13,7 @@ from rich.console import Console
 
 from export.build import build_bundle
 from model.checkpoint import load_run
-from model.decode import beam_search
+from model.decode import beam_search, score
 from model.recipe import load_recipe
 from model.train import train
 from server.client import Options, StreamedGeneration, StreamedText, TransformerClient
@@ -92,17 +92,16 @@ async def test_translation(tmp_path: Path, precision: Precision) -> None:
     run = load_run(run_folder)
     sources = [example["source"] for example in run.held_out]
     async with serving(bundle, precision) as client:
-        results = await client.generate(sources, Options(beams=5))
-    wanted = [
-        run.tokenizer.decode(
-            beam_search(run.model, run.tokenizer.encode_source(s), beams=5, max_tokens=run.generation["max_tokens"])[
-                0
-            ].text_tokens
-        )
-        for s in sources
-    ]
-    same = sum(result.text == text for result, text in zip(results, wanted, strict=True))
-    assert same == len(sources) if precision is Precision.FP32 else same >= 0.9 * len(sources)
+        results = await client.generate(sources, Options(beams=5), return_tokens=True)
+    for source, result in zip(sources, results, strict=True):
+        ids = run.tokenizer.encode_source(source)
+        wanted = beam_search(run.model, ids, beams=5, max_tokens=run.generation["max_tokens"])[0]
+        found = [token.id for token in result.hypotheses[0].tokens]
+        if precision is Precision.FP32:
+            assert found == wanted.tokens
+            assert result.text == run.tokenizer.decode(wanted.text_tokens)
+        # Eight bits may prefer another text where the trained weights find it about as good.
+        assert sum(score(run.model, ids, found)) / len(found) > wanted.score - 0.2
 
 
 async def test_streamed_text(tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
 """CTranslate2 on our own weights: a ``Transformer`` becomes one of its model directories through its specification classes.
 
-What decides whether both sides write the same text: the end of a text counts as a token (``return_end_token``), so that its length
-penalty divides by the same length as ours, and the first token may end the text (``min_decoding_length=0``).
+Asked with ``return_end_token=True`` and ``min_decoding_length=0`` it writes what the reference decoder writes: then the end of
+a text counts for its length penalty, and the first token may end the text. Two differences remain:
+
+- At the length limit it collects the best unfinished hypotheses beside those that end there, whatever their number; the
+  reference decoder does so only while fewer than ``beams`` have ended.
+- A minimum length takes the end-of-text token out before the softmax, so that the other tokens share its probability; the
+  reference decoder takes it out afterwards, and scores stay those of the model. Greedy texts are the same.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def test_patience_decides_how_many_ends_are_enough(scripted) -> None:
         # At every length one hypothesis ends; the later, the better per token.
         return {A: 0.6, EOS: 0.4}
 
-    for patience, ends in ((0.4, 1), (0.5, 1), (1.0, 2), (1.5, 3), (3.0, 6)):
+    for patience, ends in ((0.1, 1), (0.5, 1), (0.8, 2), (1.0, 2), (1.5, 3), (3.0, 6)):
         found = beam_search(scripted(follows), [], beams=2, max_tokens=20, patience=patience)
         assert len(found) == min(2, ends)
         assert found[0].tokens == [A] * (ends - 1) + [EOS]

@@ -50,6 +50,7 @@ MERGES = learn_merges(TEXTS, 25)
 CODES = ["#version: 0.2", *(f"{left} {right}" for left, right in MERGES), ""]
 TOKENIZERS = {
     "bpe": Tokenizer.train_bpe(TEXTS * 3, 300),
+    "bpe with a space in front": Tokenizer.train_bpe(TEXTS * 3, 300, prefix_space=True),
     "characters": Tokenizer.train_characters(TEXTS),
     "subword_nmt": Tokenizer.from_subword_nmt(CODES, TEXTS),
 }
@@ -103,6 +104,12 @@ def test_the_spelling_of_a_special_token_is_ordinary_text(tokenizer: Tokenizer) 
     ids = tokenizer.encode_text("</s> <pad> <end-of-vocabulary>")
     assert len(ids) > 3
     assert not {tokenizer.PAD, tokenizer.BOS, tokenizer.EOS} & set(ids)
+
+
+def test_a_first_word_can_be_spelled_as_any_other() -> None:
+    tokenizer = TOKENIZERS["bpe with a space in front"]
+    assert tokenizer.encode_text("lower") * 2 == tokenizer.encode_text("lower lower")
+    assert tokenizer.decode(tokenizer.encode_text("lower lower")) == "lower lower"
 
 
 def test_each_unknown_character_is_unk() -> None:

@@ -83,7 +83,8 @@ def last_tokens(events: list[Event]) -> list[int]:
 
 
 async def collect(engine: InProcessEngine, request: GenerationRequest) -> list[Event]:
-    return [event async for event in engine.submit(request)]
+    async with asyncio.timeout(20):
+        return [event async for event in engine.submit(request)]
 
 
 @asynccontextmanager
