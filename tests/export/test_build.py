@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from torch import nn
 from typer.testing import CliRunner
 
@@ -106,11 +109,14 @@ def test_a_crash_leaves_what_was_there(run: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_graphs_that_differ_become_no_bundle(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other_weights(graph: nn.Module, config: ModelConfig, path: Path, *_: object) -> None:
+    def damaged(graph: nn.Module, config: ModelConfig, path: Path, *_: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tiny.graphs(config, seed=1) / path.name, path)
+        whole = onnx.load(tiny.graphs(config) / path.name)
+        tensor = next(t for t in whole.graph.initializer if t.name.startswith("output"))
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.01), tensor.name))
+        onnx.save(whole, path)
 
-    monkeypatch.setattr(module, "trace", other_weights)
+    monkeypatch.setattr(module, "trace", damaged)
     with pytest.raises(ExportError, match="the fp32 graphs do not do what PyTorch does: onnx fp32: logits differ by") as caught:
         build_bundle(run, tmp_path / "bundle", name="tiny")
     assert str(caught.value).isprintable()
