@@ -30,6 +30,13 @@ class Group:
         return self.request.decoding.beams > 1
 
     @property
+    def is_plain(self) -> bool:
+        """Greedy, and nothing else to look after at each step."""
+        decoding = self.request.decoding
+        special = decoding.sampling or decoding.min_tokens or self.request.forced or self.request.stream
+        return not (self.is_beam or special)
+
+    @property
     def enough(self) -> bool:
         """Under beam search: as many hypotheses have ended as the patience asks for (Kasai et al. 2022)."""
         decoding = self.request.decoding
@@ -89,12 +96,17 @@ class GroupTable:
         self.forced_length = np.zeros(capacity, np.int32)
         self.candidates = np.zeros(capacity, np.int32)
         """Candidates of each row that a step must bring back."""
+        self._special = 0
 
     def __len__(self) -> int:
         return len(self._by_number)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(list(self._by_number.values()))
+
+    @property
+    def all_plain(self) -> bool:
+        return not self._special
 
     def __getitem__(self, number: int) -> Group:
         return self._by_number[number]
@@ -116,6 +128,7 @@ class GroupTable:
         self.forced[number, : len(request.forced)] = request.forced
         self.forced_length[number] = len(request.forced)
         self.candidates[number] = _candidates(decoding)
+        self._special += not group.is_plain
         if sampling:
             self.needs_all_logits[number] = not 0 < sampling.top_k < MAX_CANDIDATES
             self.temperature[number] = sampling.temperature
@@ -125,4 +138,5 @@ class GroupTable:
 
     def remove(self, group: Group) -> None:
         del self._by_number[group.number], self._by_request[group.request.id]
+        self._special -= not group.is_plain
         self._free.append(group.number)

@@ -36,6 +36,7 @@ class NextTokens:
     ) -> None:
         self.model, self.hypotheses, self.groups = model, hypotheses, groups
         self.end_token, self.emit = end_token, emit
+        self._every_row = np.arange(len(hypotheses.group))
         self.tokens_written = 0
         """Since the beginning."""
 
@@ -44,6 +45,8 @@ class NextTokens:
         h, groups = self.hypotheses, self.groups
         ids, log_p = candidates
         n = len(ids)
+        if groups.all_plain and np.isfinite(log_p[:, 0]).all():
+            return self._write_plain(self._every_row[:n], ids[:, 0], log_p[:, 0])
         group, length = h.group[:n], h.length[:n]
         top = log_p[:, 0]  # before anything is forbidden: what the logits are compared with
         broken = ~np.isfinite(top)
@@ -59,6 +62,16 @@ class NextTokens:
         if beam.any():
             leaving.append(self._write_beams(np.flatnonzero(beam), ids, log_p))
         return np.concatenate(leaving)
+
+    def _write_plain(self, rows: Rows, tokens: NDArray[np.int64], scores: NDArray[np.float32]) -> Rows:
+        """``_write_single`` for greedy rows alone: the usual case, and on a small model most of what the engine itself does."""
+        h = self.hypotheses
+        h.append(rows, tokens, scores)
+        self.tokens_written += len(rows)
+        ended = (tokens == self.end_token) | (h.length[rows] >= self.groups.max_tokens[h.group[rows]])
+        gone = np.flatnonzero(ended)
+        self._end(gone)
+        return gone
 
     def _write_single(
         self,
@@ -94,15 +107,20 @@ class NextTokens:
             ready = TokensReady(int(h.member[row]), (int(h.tokens[row, last]),), (float(h.log_probabilities[row, last]),))
             self.emit(groups[int(h.group[row])].request.id, ready)
         gone = rows[ended]
+        self._end(gone)
+        return gone
+
+    def _end(self, gone: Rows) -> None:
+        """Greedy, sampled and forced rows that have ended become results."""
+        h = self.hypotheses
         for row in gone.tolist():
-            group = groups[int(h.group[row])]
+            group = self.groups[int(h.group[row])]
             written, log_probabilities = h.written(row)
             reason = FinishReason.END_OF_TEXT if written[-1] == self.end_token else FinishReason.LENGTH
             group.finished[int(h.member[row])] = group.hypothesis(written, log_probabilities, reason)
             group.live_rows -= 1
             if group.live_rows == 0:
                 self._finish(group)
-        return gone
 
     def _sample(
         self, rows: Rows, ids: NDArray[np.int64], log_p: NDArray[np.float32], top: NDArray[np.float32]

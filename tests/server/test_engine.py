@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -146,6 +147,22 @@ def test_steps_account_for_every_request_and_token(family: str) -> None:
     assert encoded == sum(len(r.input_ids) - (family == "decoder_only") for r in requests)
     assert written == sum(len(h.tokens) for r in requests for h in expected(family, r))
     assert (stats.live_rows, stats.live_requests, stats.waiting_requests, stats.waiting_tokens) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_greedy_requests_alone_gives_what_the_reference_decoder_gives(family: str) -> None:
+    rng = random.Random(7)
+    requests = [
+        replace(random_request(rng, f"r{i}"), decoding=Decoding(max_tokens=rng.randint(1, 20)), stream=False) for i in range(60)
+    ]
+    running = engine(family)
+    events = run(running, requests, rng)
+    assert running.groups.all_plain
+    for request in requests:
+        (hypothesis,) = events[request.id][-1].hypotheses
+        (wanted,) = expected(family, request)
+        assert list(hypothesis.tokens) == wanted.tokens
+        np.testing.assert_allclose(hypothesis.log_probabilities, wanted.log_probabilities, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
