@@ -76,6 +76,7 @@ class InProcessEngine:
         self.name = name
         self._build, self._on_step = build, on_step
         self._inbox = _Inbox()
+        self._thread: threading.Thread | None = None
         self._outboxes: dict[str, asyncio.Queue[Event]] = {}
         self._tokens_in_flight = 0
         self._alive, self._draining = False, False
@@ -131,7 +132,7 @@ class InProcessEngine:
             await asyncio.wait_for(self._idle.wait(), timeout)
         self._fail_all(Failed(Failure.SHUTTING_DOWN, "the server is shutting down"))
         self._inbox.close()
-        if self._alive:
+        if self._thread is not None:  # also one that is just dying
             await asyncio.to_thread(self._thread.join)
         self._alive = False
 
