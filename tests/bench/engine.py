@@ -7,6 +7,11 @@ batched over the same rows.
 
 from __future__ import annotations
 
+import os
+
+# Read when torch is loaded: between its turns PyTorch's threads must sleep, or they take the cores from the other side.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import statistics
 import time
 from typing import Annotated
