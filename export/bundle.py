@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 
@@ -47,6 +47,8 @@ class Manifest:
     """max_input_tokens and max_output_tokens, special tokens included."""
     precisions: list[str]
     """Sets of graphs in the bundle; each lies in a folder of its name."""
+    caches: dict[str, Any]
+    """Number types of each precision's caches: "self_attention" and "cross_attention"; empty without a decoder."""
     provenance: dict[str, Any]
     """How the weights came to be: seed, steps, data digests, metrics."""
     certificate: dict[str, Any]

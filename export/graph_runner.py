@@ -43,6 +43,7 @@ class SequenceGraphs:
         self.decoder = open_graph(folder / "decode.onnx")
         kind = next(i.type for i in self.decoder.get_inputs() if i.name == "self_key_0")
         self.dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[kind]
+        (self.width,) = (o.shape[1] for o in self.decoder.get_outputs() if o.name == "logits")
 
     def start(self, inputs: Sequence[Sequence[int]], chunk: int | None = None) -> None:
         """Makes caches for these inputs: encodes sources, or prefills prompts but for their last token.
@@ -55,8 +56,8 @@ class SequenceGraphs:
         self.self_caches = np.zeros(shape, self.dtype)
         if self.encoder is not None:
             feeds = pad(inputs)
-            *caches, self.newest = self.encoder.run(None, feeds)
-            self.cross_caches, self.source_last = caches, feeds["last"]
+            (cross,) = self.encoder.run(None, feeds)  # [L, 2, B, G, S, K]
+            self.cross_caches, self.source_last = cross.reshape(-1, *cross.shape[2:]), feeds["last"]
         else:
             for row, prompt in enumerate(inputs):
                 head = np.array(prompt[:-1], np.int64)
@@ -80,7 +81,7 @@ class SequenceGraphs:
         outputs: dict[str, Array] = {
             "top_log_probabilities": np.empty((len(last), 1), np.float32),
             "top_ids": np.empty((len(last), 1), np.int64),
-            "logits": np.empty((len(last), self.config.vocab_size), np.float32),
+            "logits": np.empty((len(last), self.width), np.float32),
         }
         caches = dict(zip(self._cache_names("self"), self.self_caches, strict=True))
         if self.encoder is not None:
@@ -89,7 +90,6 @@ class SequenceGraphs:
             feeds |= {
                 "source_last": source_last,
                 "source_total": np.array(source_last.max() + 1, np.int32),
-                "newest": self.newest[rows],
             }
         for name, cache in caches.items():
             feeds[name] = outputs[f"{name}_out"] = cache[rows]  # one buffer: the graph appends in place
@@ -99,7 +99,7 @@ class SequenceGraphs:
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         self.decoder.run_with_iobinding(binding)
-        return outputs["top_ids"][:, 0], outputs["logits"]
+        return outputs["top_ids"][:, 0], outputs["logits"][:, : self.config.vocab_size]
 
     def _cache_names(self, kind: str) -> list[str]:
         return [f"{kind}_{what}_{i}" for i in range(self.config.decoder_layers) for what in ("key", "value")]

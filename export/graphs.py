@@ -1,8 +1,10 @@
 """The graphs of a bundle, as modules that are traced: the trained weights around ONNX Runtime's attention operator.
 
 ``GroupQueryAttention`` appends to a cache that its caller owns and takes a length per row, so one graph serves rows of any
-age together. Cross-attention uses the same operator: the source's positions are the cache, and the last of them is handed in
-as the "new" one, which rewrites what is already there.
+age together. Cross-attention uses the same operator: the source's positions are the cache, and nothing is appended to it.
+
+Between operators values are [N, D], or [B, T, D] in eight-bit graphs: ``Gemm`` adds the bias in the product but wants matrices,
+the eight-bit product takes any shape, and every reshaping that is left out is an operator less to dispatch.
 
 Shapes: B rows, T new tokens a row, C cache capacity, S source positions, D model width, H query heads, G key/value heads,
 K head width, L layers, V vocabulary, N = B x T.
@@ -25,8 +27,7 @@ from model.transformer import PositionedEmbedding, Transformer
 
 def group_query_attention(
     packed_or_query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
+    new: Tensor | None,
     past: tuple[Tensor, Tensor] | None,
     last: Tensor,
     total: Tensor,
@@ -37,23 +38,22 @@ def group_query_attention(
     rotary: tuple[Tensor, Tensor] | None = None,
     causal: bool = True,
     scales: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The operator ``com.microsoft::GroupQueryAttention``.
 
     Args:
-        packed_or_query: [B, T, (H + 2G) K] with key and value None, or queries alone, [B, T, H K].
-        key, value: [B, T, G K].
+        packed_or_query: [B, T, (H + 2G) K] with ``new`` None, or queries alone, [B, T, H K].
+        new: [B, 0, G K], in place of keys and values where the cache holds all of them already.
         past: two of [B, G, C, K], appended to in place when the caller binds output and input to one buffer.
         last: [B] int32, position of each row's last token of this call.
         total: int32 scalar, the largest of ``last`` plus one.
         scales: of int8 caches, keys' and values', each [1, G, 1, K].
 
     Returns:
-        [B, T, H K] and the two caches.
+        [B, T, H K] and, where there is a past, the two caches.
     """
     batch, length = packed_or_query.shape[:2]
-    cache_shape: Sequence[int | torch.SymInt] = past[0].shape if past else (batch, kv_heads, length, width)
-    inputs = [packed_or_query, key, value, *(past or (None, None)), last, total, *(rotary or (None, None))]
+    inputs = [packed_or_query, new, new, *(past or (None, None)), last, total, *(rotary or (None, None))]
     attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": kv_heads,
@@ -63,16 +63,22 @@ def group_query_attention(
     if scales:
         inputs += [None, None, None, *scales]
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    cache_dtype = torch.int8 if scales else packed_or_query.dtype
-    y, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        inputs,
-        attributes,
-        dtypes=[packed_or_query.dtype, cache_dtype, cache_dtype],
-        shapes=[(batch, length, heads * width), cache_shape, cache_shape],
-        version=1,
+    caches = past or ()
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            inputs,
+            attributes,
+            dtypes=[packed_or_query.dtype, *(cache.dtype for cache in caches)],
+            shapes=[(batch, length, heads * width), *(cache.shape for cache in caches)],
+            version=1,
+        )
     )
-    return y, present_key, present_value
+
+
+NARROW = 256
+"""Keys (or values) of a position in so many numbers or fewer stay as computed in eight-bit graphs: to append them in eight bits
+costs more than it saves. Keys and values of the source are eight-bit in any case: nothing is appended to them."""
 
 
 class Sizes(TypedDict):
@@ -90,16 +96,17 @@ class PackedSelfAttention(nn.Module):
         self.packed = _stack_linear(trained.query, trained.key, trained.value)
         self.out = trained.out
         self.rotary, self.causal = rotary, causal
-        self.scales = cache_scales(trained) if causal else None
+        wide = trained.kv_heads * trained.width > NARROW
+        self.scales = cache_scales(trained) if causal and wide else None
 
     def forward(
         self, x: Tensor, batch: int, past: tuple[Tensor, Tensor] | None, last: Tensor, total: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        packed = self.packed(x).unflatten(0, (batch, -1))  # [B, T, (H + 2G) K]
-        y, key, value = group_query_attention(
-            packed, None, None, past, last, total, rotary=self.rotary, causal=self.causal, scales=self.scales, **self.sizes
+    ) -> tuple[Tensor, ...]:
+        packed = _by_rows(self.packed(x), batch)  # [B, T, (H + 2G) K]
+        y, *present = group_query_attention(
+            packed, None, past, last, total, rotary=self.rotary, causal=self.causal, scales=self.scales, **self.sizes
         )
-        return self.out(y.flatten(0, 1)), key, value  # [N, D]
+        return self.out(_shaped_like(x, y)), *present
 
 
 class CrossAttention(nn.Module):
@@ -112,13 +119,21 @@ class CrossAttention(nn.Module):
         self.scales = cache_scales(trained)
 
     def forward(
-        self, x: Tensor, batch: int, source: tuple[Tensor, Tensor], newest: tuple[Tensor, Tensor], last: Tensor, total: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        query = self.query(x).unflatten(0, (batch, -1))  # [B, 1, H K]
-        y, key, value = group_query_attention(
-            query, newest[0], newest[1], source, last, total, scales=self.scales, **self.sizes
-        )
-        return self.out(y.flatten(0, 1)), key, value
+        self, x: Tensor, batch: int, source: tuple[Tensor, Tensor], new: Tensor, last: Tensor, total: Tensor
+    ) -> tuple[Tensor, ...]:
+        query = _by_rows(self.query(x), batch)  # [B, 1, H K]
+        y, *present = group_query_attention(query, new, source, last, total, scales=self.scales, **self.sizes)
+        return self.out(_shaped_like(x, y)), *present
+
+
+def _by_rows(x: Tensor, batch: int) -> Tensor:
+    """[N, D] or [B, T, D] -> [B, T, D]."""
+    return x if x.dim() == 3 else x.unflatten(0, (batch, -1))
+
+
+def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """y [B, T, D] as [N, D] if x is."""
+    return y if x.dim() == 3 else y.flatten(0, 1)
 
 
 def cache_scales(trained: MultiHeadAttention) -> tuple[Tensor, Tensor] | None:
@@ -151,16 +166,17 @@ class Embedded(nn.Module):
         self.register_buffer("table", None if trained.positions is None else trained.positions.detach().clone())
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Two of [B, T] -> [N, D]."""
-        x = F.embedding(tokens.flatten(), cast(Tensor, self.weight))
-        return x if self.table is None else x + F.embedding(positions.flatten(), cast(Tensor, self.table))
+        """Two of [B, T] -> [B, T, D]."""
+        x = F.embedding(tokens, cast(Tensor, self.weight))
+        return x if self.table is None else x + F.embedding(positions, cast(Tensor, self.table))
 
 
 class EncoderStack(nn.Module):
-    """The encoder over padded sources: [B, S] and lengths -> states [N, D]. Padding is computed but never attended to."""
+    """The encoder over padded sources: [B, S] and lengths -> states [B, S, D]. Padding is computed but never attended to."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, flat: bool) -> None:
         super().__init__()
+        self.flat = flat
         self.embedding = Embedded(model.encoder_embedding, model.embedding)
         rotary = model.encoder.rotary(0, model.config.max_source_length)
         self.layers = cast(list[EncoderLayer], nn.ModuleList(model.encoder))
@@ -170,11 +186,13 @@ class EncoderStack(nn.Module):
     def forward(self, source: Tensor, last: Tensor, total: Tensor) -> Tensor:
         batch, length = source.shape
         x = self.embedding(source, torch.arange(length).expand(batch, length))
+        if self.flat:
+            x = x.flatten(0, 1)
         for layer, attention in zip(self.layers, self.attentions, strict=True):
-            y, _, _ = attention(layer.attention_residual.enter(x), batch, None, last, total)
+            (y,) = attention(layer.attention_residual.enter(x), batch, None, last, total)
             x = layer.attention_residual.leave(x, y)
             x = _feed_forward(x, layer.feed_forward, layer.feed_forward_residual)
-        return cast(Tensor, self.final_norm(x))
+        return _by_rows(self.final_norm(x), batch)
 
 
 def _feed_forward(x: Tensor, feed_forward: nn.Module, residual: Residual) -> Tensor:
@@ -184,45 +202,46 @@ def _feed_forward(x: Tensor, feed_forward: nn.Module, residual: Residual) -> Ten
 class SourceGraph(nn.Module):
     """``encode`` of an encoder-decoder: everything the decoder needs of the source, computed once.
 
-    source [B, S] int64, last [B] int32 (length - 1), total int32 -> for each decoder layer cross_key_i and cross_value_i,
-    [B, G, S, K], and newest [B, L, 2, G K]: keys and values of each row's last position.
+    source [B, S] int64, last [B] int32 (length - 1), total int32 -> cross [L, 2, B, G, S, K], the keys and values that each
+    decoder layer attends to.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, flat: bool) -> None:
         super().__init__()
-        self.config = model.config
-        self.encoder = EncoderStack(model)
-        self.cross = [cast(DecoderLayer, layer).cross_attention for layer in model.decoder]
-        self.projections = nn.ModuleList(_stack_linear(cross.key, cross.value) for cross in self.cross)
+        config = model.config
+        self.heads, self.layers = config.key_value_heads, config.decoder_layers
+        self.encoder = EncoderStack(model, flat)
+        attentions = [cast(DecoderLayer, layer).cross_attention for layer in model.decoder]
+        self.projection = _stack_linear(*(part for cross in attentions for part in (cross.key, cross.value)))
+        self.quantized = cache_scales(attentions[0]) is not None
+        if self.quantized:  # in units of the caches' scales, so that rounding is all that is left to do
+            scales = torch.cat([scale.flatten() for cross in attentions for scale in cache_scales(cross) or ()])
+            self.projection.weight.data /= scales[:, None]
+            if self.projection.bias is not None:
+                self.projection.bias.data /= scales
 
-    def forward(self, source: Tensor, last: Tensor, total: Tensor) -> tuple[Tensor, ...]:
-        batch, length = source.shape
-        config = self.config
-        states = self.encoder(source, last, total)
-        final = states.unflatten(0, (batch, length))[torch.arange(batch), last.long()]  # [B, D]
-        outputs, newest = [], []
-        for projection, cross in zip(self.projections, self.cross, strict=True):
-            both = projection(states).unflatten(0, (batch, length)).unflatten(2, (2, config.key_value_heads, -1))
-            for i in range(2):
-                cache = both[:, :, i].transpose(1, 2)  # [B, G, S, K]
-                scales = cache_scales(cross)
-                outputs.append(cache if scales is None else (cache / scales[i]).round().clamp(-127, 127).to(torch.int8))
-            newest.append(projection(final).unflatten(1, (2, -1)))  # [B, 2, G K]
-        return *outputs, torch.stack(newest, dim=1)
+    def forward(self, source: Tensor, last: Tensor, total: Tensor) -> Tensor:
+        cross = self.projection(self.encoder(source, last, total))  # [B, S, L 2 G K]
+        if self.quantized:
+            one, zero = torch.tensor(1.0), torch.tensor(0, dtype=torch.int8)
+            cross = torch.onnx.ops.symbolic(
+                "QuantizeLinear", [cross, one, zero], dtype=torch.int8, shape=cross.shape, version=13
+            )
+        return cross.unflatten(2, (self.layers, 2, self.heads, -1)).permute(2, 3, 0, 4, 1, 5)
 
 
 class ClassifyGraph(nn.Module):
     """``encode`` of an encoder-only model: source, last, total -> class probabilities [B, C] (if any) and vectors [B, D]."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, flat: bool) -> None:
         super().__init__()
-        self.encoder = EncoderStack(model)
+        self.encoder = EncoderStack(model, flat)
         self.classifier = model.classifier if model.config.classes else None
         self.first = model.config.pooling == "first"
 
     def forward(self, source: Tensor, last: Tensor, total: Tensor) -> tuple[Tensor, ...]:
-        batch, length = source.shape
-        states = self.encoder(source, last, total).unflatten(0, (batch, length))  # [B, S, D]
+        length = source.shape[1]
+        states = self.encoder(source, last, total)  # [B, S, D]
         if self.first:
             pooled = states[:, 0]
         else:
@@ -238,14 +257,16 @@ class DecodeGraph(nn.Module):
 
     Inputs: tokens [B, T] int64, positions [B, T] int64, last [B] int32 (position of the row's last token), total int32 (largest
     last + 1), top_k [1] int64; per layer self_key_i, self_value_i [B, G, C, K]; for encoder-decoders source_last [B] int32,
-    source_total int32, newest [B, L, 2, G K], and per layer cross_key_i, cross_value_i [B, G, S, K].
+    source_total int32, and per layer cross_key_i, cross_value_i [B, G, S, K].
 
-    Returns log-probabilities and ids of the top_k best next tokens, [B, top_k], best first; all logits [B, V]; then the caches
-    in the order of the inputs. More than one new token is for decoder-only models, one row at a time (the operator's limit).
+    Returns log-probabilities and ids of the top_k best next tokens, [B, top_k], best first; all logits [B, W], W >= V (see
+    OutputLayer); then the caches in the order of the inputs. More than one new token is for decoder-only models, one row at a
+    time (the operator's limit).
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, flat: bool) -> None:
         super().__init__()
+        self.flat = flat
         self.has_cross = model.config.has_encoder
         self.embedding = Embedded(model.decoder_embedding, model.target_embedding_weight)
         rotary = model.decoder.rotary(0, model.config.max_target_length)
@@ -253,64 +274,123 @@ class DecodeGraph(nn.Module):
         self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary, causal=True) for layer in self.layers)
         self.crosses = nn.ModuleList(CrossAttention(layer.cross_attention) for layer in self.layers if self.has_cross)
         self.final_norm = model.decoder.final_norm
-        self.output = nn.Linear(model.config.d_model, model.config.vocab_size, bias=False)
-        self.output.weight = nn.Parameter(model.output_weight.detach())
-        if hasattr(model.decoder, "output_range"):  # see export.quantize
-            self.output.input_range = model.decoder.output_range
+        self.output = OutputLayer(model)
+        self.new_width = model.config.key_value_heads * model.config.head_width
+
+    def cache_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """Of the caches of self- and cross-attention, where activations are of ``dtype``."""
+        first, second = (
+            torch.int8 if attentions and attentions[0].scales else dtype for attentions in (self.attentions, self.crosses)
+        )
+        return first, second
 
     def forward(
         self, tokens: Tensor, positions: Tensor, last: Tensor, total: Tensor, top_k: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        batch, length = tokens.shape
+        batch = tokens.shape[0]
         layers = len(self.layers)
         self_caches = _pairs(rest[: 2 * layers])
         presents: list[Tensor] = []
+        x = self.embedding(tokens, positions)
         if self.has_cross:
-            source_last, source_total, newest = rest[2 * layers : 2 * layers + 3]
-            cross_caches = _pairs(rest[2 * layers + 3 :])
-            newest = newest.unsqueeze(3)  # [B, L, 2, 1, G K]
+            source_last, source_total = rest[2 * layers : 2 * layers + 2]
+            cross_caches = _pairs(rest[2 * layers + 2 :])
             cross_presents: list[Tensor] = []
-        x = self.embedding(tokens, positions)  # [N, D]
+            new = x[:, :0, : self.new_width]
+        if self.flat:
+            x = x.flatten(0, 1)
         for i, layer in enumerate(self.layers):
             y, *present = self.attentions[i](layer.self_residual.enter(x), batch, self_caches[i], last, total)
             presents += present
             x = layer.self_residual.leave(x, y)
             if self.has_cross:
                 y, *present = self.crosses[i](
-                    layer.cross_residual.enter(x),
-                    batch,
-                    cross_caches[i],
-                    (newest[:, i, 0], newest[:, i, 1]),  # [B, 1, G K]
-                    source_last,
-                    source_total,
+                    layer.cross_residual.enter(x), batch, cross_caches[i], new, source_last, source_total
                 )
                 cross_presents += present
                 x = layer.cross_residual.leave(x, y)
             x = _feed_forward(x, layer.feed_forward, layer.feed_forward_residual)
-        x = x.unflatten(0, (batch, length))[:, -1]  # [B, D]
-        logits = self.output(self.final_norm(x)).float()  # [B, V]
-        values, ids = torch.onnx.ops.symbolic_multi_out(
-            "TopK",
-            [logits.log_softmax(-1), top_k],
-            {"axis": -1, "largest": 1, "sorted": 1},
-            dtypes=[torch.float32, torch.int64],
-            shapes=[logits.shape, logits.shape],  # really [B, top_k]: set_dynamic_axes says so to the graph
-            version=11,
-        )
+        x = _by_rows(x, batch)[:, -1]  # [B, D]
+        logits = self.output(self.final_norm(x)).float()
+        values, ids = self.output.best(logits.log_softmax(-1), top_k)
         return values, ids, logits, *presents, *(cross_presents if self.has_cross else ())
+
+
+class OutputLayer(nn.Module):
+    """Logits, and the best of them.
+
+    ``TopK`` looks at each value with much ado. A large vocabulary is therefore cut into blocks: the k best tokens are in the k
+    blocks with the largest maxima, and those are all that ``TopK`` sees. So that blocks are whole, the output is W >= V wide;
+    the tokens beyond V have probability 0.
+    """
+
+    BLOCK = 128
+    MOST = 64
+    """The largest top_k: there must be as many blocks."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        vocab_size, width = model.output_weight.shape
+        self.blocks = -(-vocab_size // self.BLOCK)
+        self.has_blocks = self.blocks >= self.MOST
+        padding = self.blocks * self.BLOCK - vocab_size if self.has_blocks else 0
+        self.linear = nn.Linear(width, vocab_size + padding, bias=padding > 0)
+        self.linear.weight = nn.Parameter(F.pad(model.output_weight.detach(), (0, 0, 0, padding)))
+        if padding:
+            bias = torch.zeros(vocab_size, dtype=self.linear.weight.dtype)
+            self.linear.bias = nn.Parameter(F.pad(bias, (0, padding), value=-torch.inf))
+        if hasattr(model.decoder, "output_range"):  # see export.quantize
+            self.linear.input_range = model.decoder.output_range
+        self.register_buffer("ids", torch.arange(self.blocks * self.BLOCK).view(-1, self.BLOCK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, W]."""
+        return cast(Tensor, self.linear(x))
+
+    def best(self, log_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+        """The top_k largest of each row of [B, W] and their places, [B, top_k], best first."""
+        if not self.has_blocks:
+            return _top_k(log_p, top_k)
+        blocks = log_p.unflatten(1, (-1, self.BLOCK))
+        _, which = _top_k(blocks.amax(2), top_k)  # [B, k]
+        chosen = torch.onnx.ops.symbolic(
+            "GatherND", [blocks, which.unsqueeze(2)], {"batch_dims": 1}, dtype=log_p.dtype, shape=blocks.shape, version=13
+        )  # really [B, k, BLOCK], here and below
+        values, at = _top_k(_join_blocks(chosen), top_k)
+        return values, _join_blocks(F.embedding(which, cast(Tensor, self.ids))).gather(1, at)
+
+
+def _join_blocks(x: Tensor) -> Tensor:
+    """[B, k, BLOCK] -> [B, k BLOCK], whatever shape the tracer believes in."""
+    batch, blocks, size = x.shape
+    return torch.onnx.ops.symbolic(
+        "Reshape", [x, torch.tensor([0, -1])], dtype=x.dtype, shape=(batch, blocks * size), version=14
+    )
+
+
+def _top_k(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    values, places = torch.onnx.ops.symbolic_multi_out(
+        "TopK",
+        [x, k],
+        {"axis": -1, "largest": 1, "sorted": 1},
+        dtypes=[x.dtype, torch.int64],
+        shapes=[x.shape, x.shape],  # really [B, k]: the graph's own shapes are left to the runtime
+        version=11,
+    )
+    return values, places
 
 
 def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
-def graph_modules(model: Transformer) -> dict[str, nn.Module]:
+def graph_modules(model: Transformer, precision: str = "fp32") -> dict[str, nn.Module]:
     """The graphs of a family, by the name of their file."""
-    family = model.config.family
+    family, flat = model.config.family, precision != "int8"
     if family == "encoder_only":
-        return {"encode": ClassifyGraph(model)}
-    decode: dict[str, nn.Module] = {"decode": DecodeGraph(model)}
-    return {"encode": SourceGraph(model), **decode} if family == "encoder_decoder" else decode
+        return {"encode": ClassifyGraph(model, flat)}
+    decode: dict[str, nn.Module] = {"decode": DecodeGraph(model, flat)}
+    return {"encode": SourceGraph(model, flat), **decode} if family == "encoder_decoder" else decode
 
 
 def check_exportable(config: ModelConfig) -> list[str]:

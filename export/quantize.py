@@ -12,7 +12,7 @@ Shapes: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -93,22 +93,20 @@ def _note_channels(largest: Tensor, rotary_pairs: int, _module: nn.Module, _inpu
 
 
 class Int8Linear(nn.Module):
-    """``nn.Linear`` as ``QuantizeLinear`` and ``com.microsoft::QGemm``: uint8 x int8 -> float32, or uint8 for what follows."""
+    """``nn.Linear`` on uint8 activations and int8 weights: ``QuantizeLinear`` and ``com.microsoft::MatMulIntegerToFloat``."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         scale, zero = cast(InputRange, linear.input_range).scale_and_zero()
         weight = linear.weight.detach().float()  # [O, I]
         weight_scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127  # [O]
-        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
         self.outputs = linear.out_features
-        # In the order of the operator's inputs.
         self.register_buffer("input_scale", torch.tensor(scale))
         self.register_buffer("input_zero", torch.tensor(zero, dtype=torch.uint8))
         self.register_buffer("weight", (weight / weight_scale[:, None]).round().to(torch.int8).T.contiguous())  # [I, O]
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("weight_zero", torch.zeros(self.outputs, dtype=torch.int8))
-        self.register_buffer("bias", (bias / (weight_scale * scale)).round().to(torch.int32))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
     @property
     def input_format(self) -> list[Tensor]:
@@ -116,15 +114,29 @@ class Int8Linear(nn.Module):
         return cast(list[Tensor], [self.input_scale, self.input_zero])
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """[N, I] float32 -> uint8."""
+        """[..., I] float32 -> uint8."""
         return torch.onnx.ops.symbolic("QuantizeLinear", [x, *self.input_format], dtype=torch.uint8, shape=x.shape, version=13)
 
-    def multiply(self, quantized: Tensor, output_format: Sequence[Tensor] = ()) -> Tensor:
-        """[N, I] uint8 -> [N, O], float32 or, with the scale and zero point of an output format, uint8."""
+    def multiply(self, quantized: Tensor) -> Tensor:
+        """[..., I] uint8 -> [..., O] float32."""
+        inputs = [quantized, self.weight, self.input_scale, self.weight_scale, self.input_zero, self.weight_zero, self.bias]
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulIntegerToFloat",
+            cast(list[Tensor | None], inputs),
+            dtype=torch.float32,
+            shape=(*quantized.shape[:-1], self.outputs),
+            version=1,
+        )
+
+    def multiply_to_uint8(self, quantized: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """[N, I] uint8 -> [N, O] uint8 of that scale and zero point, by ``com.microsoft::QGemm``, which wants matrices."""
+        bias_scale = cast(Tensor, self.weight_scale) * cast(Tensor, self.input_scale)
+        bias = torch.zeros(self.outputs) if self.bias is None else cast(Tensor, self.bias)
+        operand = [self.weight, self.weight_scale, self.weight_zero, (bias / bias_scale).round().to(torch.int32)]
         return torch.onnx.ops.symbolic(
             "com.microsoft::QGemm",
-            [quantized, *cast(list[Tensor], list(self.buffers())), *output_format],
-            dtype=torch.uint8 if output_format else torch.float32,
+            cast(list[Tensor], [quantized, *self.input_format, *operand, scale, zero]),
+            dtype=torch.uint8,
             shape=(quantized.shape[0], self.outputs),
             version=1,
         )
@@ -141,7 +153,9 @@ class Int8FeedForward(nn.Module):
         self.expand, self.contract = Int8Linear(trained.expand), Int8Linear(trained.contract)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract.multiply(self.expand.multiply(self.expand.quantize_input(x), self.contract.input_format))
+        quantized = self.expand.quantize_input(x)
+        inner = self.expand.multiply_to_uint8(quantized.flatten(0, -2), *self.contract.input_format)
+        return self.contract.multiply(inner.unflatten(0, x.shape[:-1]))
 
 
 def quantize(module: nn.Module) -> None:

@@ -35,14 +35,13 @@ class Signature:
 
 def source_signature(config: ModelConfig) -> Signature:
     axes = {0: "rows", 1: "source"}
-    cache_axes = {0: "rows", 2: "source"}
     return Signature(
         inputs={
             "source": (torch.full((2, 3), 3), axes),
             "last": (torch.tensor([2, 1], dtype=torch.int32), {0: "rows"}),
             "total": (torch.tensor(3, dtype=torch.int32), {}),
         },
-        outputs=dict.fromkeys(_cache_names("cross", config.decoder_layers), cache_axes) | {"newest": {0: "rows"}},
+        outputs={"cross": {2: "rows", 4: "source"}},
     )
 
 
@@ -51,7 +50,7 @@ def classify_signature(config: ModelConfig) -> Signature:
     return Signature(source_signature(config).inputs, outputs | {"vectors": {0: "rows"}})
 
 
-def decode_signature(config: ModelConfig, dtype: torch.dtype, cache_dtype: torch.dtype) -> Signature:
+def decode_signature(config: ModelConfig, self_dtype: torch.dtype, cross_dtype: torch.dtype) -> Signature:
     rows, capacity, source = 2, 6, 5
     heads, width, layers = config.key_value_heads, config.head_width, config.decoder_layers
     length = 1 if config.has_encoder else 3  # several new tokens at once: decoder-only models alone
@@ -65,15 +64,14 @@ def decode_signature(config: ModelConfig, dtype: torch.dtype, cache_dtype: torch
     }
     self_axes, cross_axes = {0: "rows", 2: "capacity"}, {0: "rows", 2: "source"}
     for name in _cache_names("self", layers):
-        inputs[name] = torch.zeros(rows, heads, capacity, width, dtype=cache_dtype), self_axes
+        inputs[name] = torch.zeros(rows, heads, capacity, width, dtype=self_dtype), self_axes
     outputs = {"top_log_probabilities": {0: "rows", 1: "top_k"}, "top_ids": {0: "rows", 1: "top_k"}, "logits": {0: "rows"}}
     outputs |= {f"{name}_out": self_axes for name in _cache_names("self", layers)}
     if config.has_encoder:
         inputs["source_last"] = torch.tensor([4, 2], dtype=torch.int32), {0: "rows"}
         inputs["source_total"] = torch.tensor(5, dtype=torch.int32), {}
-        inputs["newest"] = torch.zeros(rows, layers, 2, heads * width, dtype=dtype), {0: "rows"}
         for name in _cache_names("cross", layers):
-            inputs[name] = torch.zeros(rows, heads, source, width, dtype=cache_dtype), cross_axes
+            inputs[name] = torch.zeros(rows, heads, source, width, dtype=cross_dtype), cross_axes
         outputs |= {f"{name}_out": cross_axes for name in _cache_names("cross", layers)}
     return Signature(inputs, outputs)
 
@@ -82,22 +80,15 @@ def _cache_names(kind: str, layers: int) -> list[str]:
     return [f"{kind}_{what}_{i}" for i in range(layers) for what in ("key", "value")]
 
 
-def trace(
-    module: nn.Module,
-    config: ModelConfig,
-    path: Path,
-    dtype: torch.dtype = torch.float32,
-    cache_dtype: torch.dtype | None = None,
-) -> None:
+def trace(module: nn.Module, config: ModelConfig, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes ``module`` as an ONNX file, weights inside.
 
     Args:
         dtype: of activations.
-        cache_dtype: of keys and values, where it is another.
     """
     match module:
         case DecodeGraph():
-            signature = decode_signature(config, dtype, cache_dtype or dtype)
+            signature = decode_signature(config, *module.cache_dtypes(dtype))
         case SourceGraph():
             signature = source_signature(config)
         case ClassifyGraph():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +24,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """One tensor of a binding: where it lies and what shape a graph sees."""
+    """One tensor of a binding: where it lies and what shape a graph sees. Output ``name`` + "_out" updates it in place."""
 
     name: str
     pointer: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    in_place: bool
-    """Also bound as the output ``name`` + "_out"."""
 
 
 class Caches(Protocol):
@@ -40,11 +38,11 @@ class Caches(Protocol):
     def views(self, rows: slice) -> Iterator[Bound]:
         """Every cache tensor of the decode graph, on these rows."""
 
-    def write_source(self, rows: Sequence[Rows], lengths: Array, outputs: Sequence[Any]) -> None:
+    def write_source(self, rows: Sequence[Rows], cross: Any) -> None:
         """Puts what ``encode`` gave for source i into every row of rows[i].
 
         Args:
-            outputs: OrtValues cross_key_0, cross_value_0, ... each [B, G, S, K], then newest [B, L, 2, G K].
+            cross: OrtValue [L, 2, B, G, S, K].
         """
 
     def adopt(self, rows: Rows, length: int) -> None:
@@ -57,61 +55,56 @@ class Caches(Protocol):
         """Copies the first ``length`` target positions and ``source_length`` source positions of row source[i] to target[i]."""
 
 
+class CacheTypes(NamedTuple):
+    """Number types, by numpy's names: "float32", "float16" or "int8"."""
+
+    self_attention: str
+    cross_attention: str
+
+
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Shapes and types of the three arrays: self-attention, cross-attention, and the newest source position."""
+    """Shapes and types of the two arrays: self-attention and cross-attention."""
 
     self_shape: tuple[int, ...]
     """[L, 2, R + 1 (the staging row, without an encoder), G, C, K]."""
     cross_shape: tuple[int, ...]
     """[L, 2, R, G, S, K]."""
-    newest_shape: tuple[int, ...]
-    """[R, L, 2, G K]."""
-    cache_type: np.dtype[Any]
-    """Of the first two."""
-    newest_type: np.dtype[Any]
-    """As activations are: beside int8 caches it stays float32."""
+    self_type: np.dtype[Any]
+    cross_type: np.dtype[Any]
 
     @classmethod
-    def of(cls, shape: SequenceShape, rows: int, precision: str) -> CacheLayout:
+    def of(cls, shape: SequenceShape, rows: int, types: CacheTypes) -> CacheLayout:
         s = shape
         staging, cross_rows = (0, rows) if s.has_encoder else (1, 0)
-        cache_type, newest_type = _TYPES[precision]
         return cls(
             (s.layers, 2, rows + staging, s.kv_heads, s.longest_target, s.head_width),
             (s.layers, 2, cross_rows, s.kv_heads, s.longest_source, s.head_width),
-            (cross_rows, s.layers, 2, s.kv_heads * s.head_width),
-            np.dtype(cache_type),
-            np.dtype(newest_type),
+            np.dtype(types.self_attention),
+            np.dtype(types.cross_attention),
         )
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Bytes of the three arrays."""
-        cache, newest = self.cache_type.itemsize, self.newest_type.itemsize
-        return math.prod(self.self_shape) * cache, math.prod(self.cross_shape) * cache, math.prod(self.newest_shape) * newest
+    def arrays(self) -> tuple[tuple[str, tuple[int, ...], np.dtype[Any]], ...]:
+        """Name, shape and type of each."""
+        return ("self", self.self_shape, self.self_type), ("cross", self.cross_shape, self.cross_type)
 
-    def views(self, pointers: tuple[int, int, int], rows: slice) -> Iterator[Bound]:
-        """The tensors of the decode graph on ``rows``, given where the three arrays begin."""
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the two arrays."""
+        first, second = (math.prod(shape) * dtype.itemsize for _, shape, dtype in self.arrays)
+        return first, second
+
+    def views(self, pointers: Sequence[int], rows: slice) -> Iterator[Bound]:
+        """The tensors of the decode graph on ``rows``, given where the two arrays begin."""
         count = rows.stop - rows.start
-        for kind, shape, pointer in (("self", self.self_shape, pointers[0]), ("cross", self.cross_shape, pointers[1])):
+        for (kind, shape, dtype), pointer in zip(self.arrays, pointers, strict=True):
             layers, _, capacity, *rest = shape
-            row_bytes = math.prod(rest) * self.cache_type.itemsize
+            row_bytes = math.prod(rest) * dtype.itemsize
             for layer in range(layers if capacity else 0):
                 for i, what in enumerate(("key", "value")):
                     begin = ((2 * layer + i) * capacity + rows.start) * row_bytes
-                    yield Bound(f"{kind}_{what}_{layer}", pointer + begin, (count, *rest), self.cache_type, in_place=True)
-        if self.newest_shape[0]:
-            each = self.newest_shape[1:]
-            begin = rows.start * math.prod(each) * self.newest_type.itemsize
-            yield Bound("newest", pointers[2] + begin, (count, *each), self.newest_type, in_place=False)
-
-
-_TYPES: dict[str, tuple[type, type]] = {
-    "fp32": (np.float32, np.float32),
-    "fp16": (np.float16, np.float16),
-    "int8": (np.int8, np.float32),
-}
+                    yield Bound(f"{kind}_{what}_{layer}", pointer + begin, (count, *rest), dtype)
 
 
 class HostCaches:
@@ -120,21 +113,19 @@ class HostCaches:
     def __init__(self, layout: CacheLayout) -> None:
         self._layout = layout
         # Zeroed lazily by the operating system: a page takes memory when a row first reaches it.
-        self._self = np.zeros(layout.self_shape, layout.cache_type)
-        self._cross = np.zeros(layout.cross_shape, layout.cache_type)
-        self._newest = np.zeros(layout.newest_shape, layout.newest_type)
+        self._self, self._cross = (np.zeros(shape, dtype) for _, shape, dtype in layout.arrays)
 
     def views(self, rows: slice) -> Iterator[Bound]:
-        pointers = self._self.ctypes.data, self._cross.ctypes.data, self._newest.ctypes.data
-        return self._layout.views(pointers, rows)
+        return self._layout.views((self._self.ctypes.data, self._cross.ctypes.data), rows)
 
-    def write_source(self, rows: Sequence[Rows], lengths: Array, outputs: Sequence[Any]) -> None:
-        *caches, newest = (output.numpy() for output in outputs)
-        for i, own in enumerate(rows):
-            length = lengths[i]
-            for j, cache in enumerate(caches):
-                self._cross[j // 2, j % 2, own, :, :length] = cache[i, :, :length]
-            self._newest[own] = newest[i]
+    def write_source(self, rows: Sequence[Rows], cross: Any) -> None:
+        encoded = cross.numpy()
+        longest = encoded.shape[4]
+        if all(len(own) == 1 for own in rows) and rows[-1][0] - rows[0][0] == len(rows) - 1:  # neighbours, one row each
+            self._cross[:, :, rows[0][0] : rows[-1][0] + 1, :, :longest] = encoded
+        else:
+            source = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
+            self._cross[:, :, np.concatenate(rows), :, :longest] = encoded[:, :, source]
 
     def adopt(self, rows: Rows, length: int) -> None:
         self._self[:, :, rows, :, :length] = self._self[:, :, -1:, :, :length]
@@ -144,9 +135,8 @@ class HostCaches:
 
     def move(self, source: Rows, target: Rows, length: int, source_length: int) -> None:
         _copy_rows(self._self, source, target, length)
-        if self._layout.newest_shape[0]:
+        if source_length:
             _copy_rows(self._cross, source, target, source_length)
-            self._newest[target] = self._newest[source]
 
 
 def _copy_rows(memory: Array, source: Rows, target: Rows, length: int) -> None:
@@ -171,25 +161,21 @@ class DeviceCaches:
 
     def __init__(self, layout: CacheLayout, memory: DeviceMemory) -> None:
         self._layout, self._memory = layout, memory
-        first, second, third = (memory.allocate(max(1, size)) for size in layout.sizes)
-        self._pointers = first, second, third
+        self._pointers = tuple(memory.allocate(max(1, size)) for size in layout.sizes)
 
     def views(self, rows: slice) -> Iterator[Bound]:
         return self._layout.views(self._pointers, rows)
 
-    def write_source(self, rows: Sequence[Rows], lengths: Array, outputs: Sequence[Any]) -> None:
-        *caches, newest = outputs
-        _, _, capacity, heads, longest, width = self._layout.cross_shape
-        _, cross, newest_begin = self._pointers
-        pitch = longest * width * self._layout.cache_type.itemsize  # of one head in the cache
-        run = caches[0].shape()[2] * width * self._layout.cache_type.itemsize  # of one head in what encode gave
-        size = math.prod(self._layout.newest_shape[1:]) * self._layout.newest_type.itemsize
+    def write_source(self, rows: Sequence[Rows], cross: Any) -> None:
+        layers, _, capacity, heads, longest, width = self._layout.cross_shape
+        sources, source_length = len(rows), cross.shape()[4]
+        pitch = longest * width * self._layout.cross_type.itemsize  # of one head in the cache
+        run = source_length * width * self._layout.cross_type.itemsize  # of one head in what encode gave
         for i, own in enumerate(rows):
             for row in own.tolist():
-                for j, cache in enumerate(caches):
-                    target = cross + (j * capacity + row) * heads * pitch
-                    self._memory.copy(target, pitch, cache.data_ptr() + i * heads * run, run, run, heads)
-                self._memory.copy(newest_begin + row * size, size, newest.data_ptr() + i * size, size, size, 1)
+                for plane in range(2 * layers):
+                    target = self._pointers[1] + (plane * capacity + row) * heads * pitch
+                    self._memory.copy(target, pitch, cross.data_ptr() + (plane * sources + i) * heads * run, run, run, heads)
         self._memory.synchronize()
 
     def adopt(self, rows: Rows, length: int) -> None:
@@ -202,16 +188,16 @@ class DeviceCaches:
         self._memory.synchronize()
 
     def move(self, source: Rows, target: Rows, length: int, source_length: int) -> None:
-        for which in range(3 if self._layout.newest_shape[0] else 1):
-            self._copy_rows(which, source, target)
+        self._copy_rows(0, source, target)
+        if source_length:
+            self._copy_rows(1, source, target)
         self._memory.synchronize()
 
     def _copy_rows(self, which: int, source: Rows, target: Rows) -> None:
-        """Rows of one of the three arrays, of all layers, keys and values alike, in one copy each."""
-        layout = self._layout
-        shape = (layout.self_shape, layout.cross_shape, (1, 1, *layout.newest_shape))[which]
+        """Rows of one of the two arrays, of all layers, keys and values alike, in one copy each."""
+        _, shape, _ = self._layout.arrays[which]
         planes, capacity = shape[0] * shape[1], shape[2]
-        row = layout.sizes[which] // (planes * capacity)
+        row = self._layout.sizes[which] // (planes * capacity)
         begin, pitch = self._pointers[which], capacity * row
         for s, t in zip(source.tolist(), target.tolist(), strict=True):
             self._memory.copy(begin + t * row, pitch, begin + s * row, pitch, row, planes)

@@ -12,7 +12,7 @@ from typing import cast
 
 from export.bundle import Bundle, BundleError, open_bundle
 from model.tokenizer import Tokenizer, TokenizerError
-from server.caches import CacheLayout
+from server.caches import CacheLayout, CacheTypes
 from server.config import EngineOptions, Precision
 from server.encoding_engine import EncodingEngine
 from server.engine import Engine
@@ -101,7 +101,8 @@ def _choose_rows(bundle: Bundle, device: str, precision: str, options: EngineOpt
     if options.cache_memory is None or config["family"] == "encoder_only":
         return rows
     shape = SequenceShape.from_config(config)
-    one, two = (sum(CacheLayout.of(shape, count, precision).sizes) for count in (1, 2))
+    types = CacheTypes(**bundle.manifest.caches[precision])
+    one, two = (sum(CacheLayout.of(shape, count, types).sizes) for count in (1, 2))
     if options.cache_memory < one:
         raise RuntimeUnavailable(
             f"{bundle.root}: --cache-memory of {options.cache_memory:,} bytes is less than the {one:,} that one row takes"

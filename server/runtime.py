@@ -3,7 +3,7 @@
 The caches are bound as input and output of the decode graph at once, so a step appends in place and allocates nothing; bindings
 are kept for each number of rows.
 
-Shapes: B rows of a call, S source positions, V vocabulary, C classes, D model width.
+Shapes: B rows of a call, S source positions, V vocabulary (the graph's logits may be wider), C classes, D model width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from server.caches import CacheLayout, Caches, DeviceCaches, HostCaches
+from server.caches import CacheLayout, Caches, CacheTypes, DeviceCaches, HostCaches
 from server.cuda import CudaError, CudaMemory
 from server.kv_cache import Rows
 from server.sequence_model import Candidates, SequenceShape
@@ -59,12 +59,14 @@ def open_session(path: Path, settings: SessionSettings) -> ort.InferenceSession:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
     providers: list[Any] = ["CPUExecutionProvider"]
+    # On a CPU the fused operator takes four times as long as the two that it replaces.
+    unwanted = ["SkipLayerNormFusion"] if settings.device == "cpu" else []
     if settings.device == "cuda":
         ort.preload_dlls()
         # The arena grows by what is asked, not by doubling: every new shape would otherwise take memory for good.
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}))
     try:
-        session = ort.InferenceSession(path, options, providers=providers)
+        session = ort.InferenceSession(path, options, providers=providers, disabled_optimizers=unwanted)
     except Exception as error:  # onnxruntime raises a dozen types of its own, none of them public
         raise RuntimeUnavailable(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from None
     if settings.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
@@ -90,6 +92,7 @@ class SequenceRuntime:
         self._device = settings.device
         self._decode = open_session(graphs / "decode.onnx", settings)
         self._encode = open_session(graphs / "encode.onnx", settings) if shape.has_encoder else None
+        (self._logits_width,) = (o.shape[1] for o in self._decode.get_outputs() if o.name == "logits")
         self._device_memory = self._open_device() if settings.device == "cuda" else None
         self._caches = caches or self._make_caches()
         self._tokens = np.zeros((rows, 1), np.int64)
@@ -98,20 +101,20 @@ class SequenceRuntime:
         self._total = np.zeros((), np.int32)
         self._source_last = np.zeros(rows, np.int32)
         self._source_total = np.zeros((), np.int32)
-        self._logits = np.zeros((rows, shape.vocab_size), np.float32)
+        self._logits = np.zeros((rows, self._logits_width), np.float32)
         self._top_k = {k: np.array([k], np.int64) for k in self.top_k_choices}
         self._steps: dict[tuple[int, int], tuple[ort.IOBinding, Candidates]] = {}
 
     def _open_device(self) -> CudaMemory:
         try:
             memory = CudaMemory()
-            self._device_logits = memory.allocate(self.rows * self.shape.vocab_size * 4)
+            self._device_logits = memory.allocate(self.rows * self._logits_width * 4)
         except CudaError as error:
             raise RuntimeUnavailable(f"--device cuda: {error}") from None
         return memory
 
     def _make_caches(self) -> Caches:
-        layout = CacheLayout.of(self.shape, self.rows, _precision(self._decode))
+        layout = CacheLayout.of(self.shape, self.rows, cache_types(self._decode))
         if self._device_memory is None:
             return HostCaches(layout)
         try:
@@ -131,11 +134,10 @@ class SequenceRuntime:
         binding = self._encode.io_binding()
         inputs: Arrays = {"source": padded, "last": lengths - 1, "total": np.array(padded.shape[1], np.int32)}
         _bind_arrays(binding, inputs, {})
-        for output in self._encode.get_outputs():  # what the decoder reads never leaves the device
-            binding.bind_output(output.name, self._device, 0)
+        binding.bind_output("cross", self._device, 0)  # what the decoder reads never leaves the device
         self._encode.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
-        self._caches.write_source(rows, lengths, outputs)
+        (cross,) = binding.get_outputs()
+        self._caches.write_source(rows, cross)
         for i, own in enumerate(rows):
             self._source_last[own] = lengths[i] - 1
 
@@ -152,7 +154,7 @@ class SequenceRuntime:
         scratch: Arrays = {
             "top_log_probabilities": np.empty((1, 1), np.float32),
             "top_ids": np.empty((1, 1), np.int64),
-            "logits": np.empty((1, self.shape.vocab_size), np.float32),
+            "logits": np.empty((1, self._logits_width), np.float32),
         }
         _bind_arrays(binding, inputs, scratch)
         self._bind_caches(binding, slice(self.rows, self.rows + 1))
@@ -175,17 +177,17 @@ class SequenceRuntime:
 
     def logits(self, rows: Rows) -> NDArray[np.float32]:
         if self._device_memory is None:
-            return self._logits[rows]
-        fetched = np.empty((len(rows), self.shape.vocab_size), np.float32)
+            return self._logits[rows, : self.shape.vocab_size]
+        fetched = np.empty((len(rows), self._logits_width), np.float32)
         for row, target in zip(rows.tolist(), fetched, strict=True):
             self._device_memory.fetch(self._device_logits + row * target.nbytes, target)
-        return fetched
+        return fetched[:, : self.shape.vocab_size]
 
     def branch(self, source: Rows, target: Rows, length: int) -> None:
         self._caches.branch(source, target, length)
 
     def move(self, source: Rows, target: Rows, length: int) -> None:
-        longest_source = int(self._source_last[source].max(initial=-1)) + 1
+        longest_source = int(self._source_last[source].max(initial=-1)) + 1 if self.shape.has_encoder else 0
         self._caches.move(source, target, length, longest_source)
         self._source_last[target] = self._source_last[source]
 
@@ -206,7 +208,7 @@ class SequenceRuntime:
         if self._device_memory is None:
             outputs["logits"] = self._logits[:n]
         else:
-            shape = (n, self.shape.vocab_size)
+            shape = (n, self._logits_width)
             binding.bind_output("logits", self._device, 0, np.float32, shape, self._device_logits)
         _bind_arrays(binding, inputs, outputs)
         self._bind_caches(binding, slice(0, n))
@@ -217,8 +219,7 @@ class SequenceRuntime:
         for bound in self._caches.views(rows):
             where = self._device, 0, bound.dtype.type, bound.shape, bound.pointer
             binding.bind_input(bound.name, *where)
-            if bound.in_place:
-                binding.bind_output(f"{bound.name}_out", *where)
+            binding.bind_output(f"{bound.name}_out", *where)
 
 
 class EncodingRuntime:
@@ -253,6 +254,9 @@ def _bind_arrays(binding: ort.IOBinding, inputs: Arrays, outputs: Arrays) -> Non
         binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _precision(decode: ort.InferenceSession) -> str:
-    kind = next(i.type for i in decode.get_inputs() if i.name == "self_key_0")
-    return {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(int8)": "int8"}[kind]
+def cache_types(decode: ort.InferenceSession) -> CacheTypes:
+    types = {value.name: _NUMBER_TYPES[value.type] for value in decode.get_inputs() if value.type in _NUMBER_TYPES}
+    return CacheTypes(types["self_key_0"], types.get("cross_key_0", types["self_key_0"]))
+
+
+_NUMBER_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int8)": "int8"}

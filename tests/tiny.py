@@ -151,10 +151,10 @@ def graphs(config: ModelConfig, seed: int = 0, precision: str = "fp32") -> Path:
     network = copy.deepcopy(model(config, seed))
     if precision == "int8":
         observe(network, lambda: _run_random_texts(network))
-    for name, module in graph_modules(network).items():
+    for name, module in graph_modules(network, precision).items():
         if precision == "int8":
             quantize(module)
-        trace(module, config, folder / f"{name}.onnx", cache_dtype=torch.int8 if precision == "int8" else None)
+        trace(module, config, folder / f"{name}.onnx")
     return folder
 
 

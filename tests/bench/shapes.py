@@ -61,10 +61,10 @@ def graphs(shape: str, model: Transformer, precision: str = "fp32") -> Path:
     model = copy.deepcopy(model)
     if precision == "int8":
         observe(model, lambda: _run_examples(model))
-    for name, module in graph_modules(model).items():
+    for name, module in graph_modules(model, precision).items():
         if precision == "int8":
             quantize(module)
-        trace(module, model.config, folder / f"{name}.onnx", cache_dtype=torch.int8 if precision == "int8" else None)
+        trace(module, model.config, folder / f"{name}.onnx")
     return folder
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export import bundle as module
-from export.bundle import BundleError, Manifest, describe_files, digest, graph_hashes, open_bundle, write_bundle
+from export.bundle import FORMAT_VERSION, BundleError, Manifest, describe_files, digest, graph_hashes, open_bundle, write_bundle
 
 FILES = {"tokenizer.json": b"{}", "fp32/decode.onnx": b"decode" * 50, "fp32/encode.onnx": b"encode" * 50}
 CERTIFICATE: dict[str, Any] = {
@@ -31,7 +31,7 @@ def fill(folder: Path) -> Manifest:
         (folder / name).write_bytes(content)
     files = describe_files(folder)
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         name="tiny",
         parameters=12,
         model={"family": "encoder_decoder"},
@@ -39,6 +39,7 @@ def fill(folder: Path) -> Manifest:
         generation={"beams": 1},
         limits={"max_input_tokens": 9},
         precisions=["fp32"],
+        caches={"fp32": {"self_attention": "float32", "cross_attention": "float32"}},
         provenance={},
         certificate={"fp32": CERTIFICATE | {"graphs": graph_hashes(files, "fp32")}},
         files=files,
@@ -191,7 +192,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (b'{"name": "\xff"}', "not UTF-8"),
     "too deep": (b"[" * 200_000, "not JSON"),
     "a number too long": (b'{"format_version": ' + b"1" * 10_000 + b"}", "not JSON"),
-    "a later format": (b'{"format_version": 2}', "format version 2"),
+    "a later format": (b'{"format_version": 999}', "format version 999"),
     "no format": (b"{}", "format version None"),
     "a format that is true": (b'{"format_version": true}', "format version True"),
     "too big": (b" " * (module.MAX_MANIFEST_BYTES + 1), "larger than"),

@@ -95,23 +95,27 @@ def test_caches_hold_the_keys_and_values_of_the_reference(name: str) -> None:
 def test_an_encoded_source_is_the_references_memory(name: str) -> None:
     config = tiny.VARIANTS[name]
     inputs, _ = examples(config)
-    *caches, newest = open_graph(tiny.graphs(config) / "encode.onnx").run(None, pad(inputs))
-    assert [cache.shape for cache in caches] == [(6, config.key_value_heads, 24, config.head_width)] * 4
+    (cross,) = open_graph(tiny.graphs(config) / "encode.onnx").run(None, pad(inputs))
+    assert cross.shape == (2, 2, 6, config.key_value_heads, 24, config.head_width)
+    caches = cross.reshape(4, *cross.shape[2:])
     for row, input_ids in enumerate(inputs):
         with torch.no_grad():
             memory = tiny.model(config).memory(torch.tensor([input_ids]), torch.tensor([len(input_ids)]))
         wanted = [tensor[0].numpy() for pair in memory.keys_values for tensor in pair]  # each [G, S, K]
         for cache, tensor in zip(caches, wanted, strict=True):
             np.testing.assert_allclose(cache[row, :, : len(input_ids)], tensor, atol=MOST)
-        last = np.stack([tensor[:, -1].reshape(-1) for tensor in wanted])
-        np.testing.assert_allclose(newest[row].reshape(last.shape), last, atol=MOST)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+LARGE_VOCABULARY = {f"{family}: 8,300 words": tiny.shape(family, vocab_size=8300) for family in tiny.SHAPES}
+"""Not a multiple of the output layer's blocks."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("top_k", [1, 7, 40])
-def test_candidates_are_the_best_of_the_log_softmax(name: str, top_k: int) -> None:
-    config = tiny.VARIANTS[name]
-    graphs = SequenceGraphs(tiny.graphs(config), config)
+@pytest.mark.parametrize("name", [*DECODERS, "encoder_decoder: 8,300 words", "decoder_only: 8,300 words"])
+def test_candidates_are_the_best_of_the_log_softmax(name: str, top_k: int, precision: str) -> None:
+    config = (tiny.VARIANTS | LARGE_VOCABULARY)[name]
+    graphs = SequenceGraphs(tiny.graphs(config, precision=precision), config)
     inputs, _ = examples(config)
     graphs.start(inputs)
     names = [value.name for value in graphs.decoder.get_inputs()]
@@ -119,7 +123,7 @@ def test_candidates_are_the_best_of_the_log_softmax(name: str, top_k: int) -> No
     if config.has_encoder:
         caches |= dict(zip([name for name in names if name.startswith("cross_")], graphs.cross_caches, strict=True))
         last = graphs.source_last
-        caches |= {"source_last": last, "source_total": np.array(last.max() + 1, np.int32), "newest": graphs.newest}
+        caches |= {"source_last": last, "source_total": np.array(last.max() + 1, np.int32)}
     positions = np.array([0 if config.has_encoder else n - 1 for n in INPUT_LENGTHS])
     feeds = {
         "tokens": np.array([[BOS if config.has_encoder else ids[-1]] for ids in inputs]),
@@ -129,9 +133,14 @@ def test_candidates_are_the_best_of_the_log_softmax(name: str, top_k: int) -> No
         "top_k": np.array([top_k]),
     }
     log_p, ids, logits, *_ = graphs.decoder.run(None, feeds | caches)
+    assert np.isneginf(logits[:, config.vocab_size :]).all()
     wanted, order = torch.from_numpy(logits).log_softmax(-1).sort(dim=-1, descending=True)
     np.testing.assert_allclose(log_p, wanted[:, :top_k], atol=1e-5)
-    assert ids.tolist() == order[:, :top_k].tolist()
+    # In eight bits two tokens may be exactly as good: then either comes first.
+    assert all(len(set(row)) == len(row) for row in ids.tolist())
+    found = np.take_along_axis(torch.from_numpy(logits).log_softmax(-1).numpy(), ids, axis=1)
+    np.testing.assert_allclose(found, log_p, atol=1e-5)
+    assert precision == "int8" or ids.tolist() == order[:, :top_k].tolist()
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -156,8 +165,8 @@ def test_a_graph_is_one_file_with_every_weight_in_it(family: str) -> None:
     for path in tiny.graphs(tiny.shape(family)).iterdir():
         graph = onnx.load(path, load_external_data=False).graph
         assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in graph.initializer)
-        rows = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.output}
-        assert rows == {"rows"}
+        for value in graph.output:
+            assert value.type.tensor_type.shape.dim[2 if value.name == "cross" else 0].dim_param == "rows"
 
 
 @pytest.mark.parametrize(
