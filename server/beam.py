@@ -47,28 +47,35 @@ def beam_step(rows: NDArray[np.intp], totals: Floats, ids: NDArray[np.int64], lo
     groups, width = rows.shape
     candidates = ids.shape[2]
     present = rows >= 0
-    widths = present.sum(axis=1)
-    scores = np.where(present[:, :, None], totals[:, :, None] + log_probabilities, -np.inf).reshape(groups, -1)
+    complete = bool(present.all())
+    scores = totals[:, :, None] + log_probabilities
+    if not complete:
+        scores[~present] = -np.inf
+    scores = scores.reshape(groups, -1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * width]  # [G, 2W]
-    ranked = np.take_along_axis(scores, order, axis=1)
+    cell = order + (np.arange(groups) * scores.shape[1])[:, None]
+    ranked, token, log_p = scores.take(cell), ids.take(cell), log_probabilities.take(cell)
     parent = order // candidates
-    token = np.take_along_axis(ids.reshape(groups, -1), order, axis=1)
-    log_p = np.take_along_axis(log_probabilities.reshape(groups, -1), order, axis=1)
 
-    rank = np.arange(ranked.shape[1])
-    possible = (ranked > -np.inf) & (rank < 2 * widths[:, None])
-    ends = possible & (token == end)
-    ended = ends & (rank < widths[:, None])
-    alive = possible & ~ends
-    alive &= alive.cumsum(axis=1) <= widths[:, None]
-
-    group, column = np.nonzero(alive)  # survivors, by group, best first
+    ends = token == end
+    if complete and not ends[:, :width].any() and ranked[:, width - 1].min() > -np.inf:  # the usual step: the first survive
+        group, column = np.divmod(np.arange(groups * width), width)
+        ended = ends[:, :0]
+    else:
+        widths = present.sum(axis=1)
+        rank = np.arange(ranked.shape[1])
+        possible = (ranked > -np.inf) & (rank < 2 * widths[:, None])
+        ends &= possible
+        ended = ends & (rank < widths[:, None])
+        alive = possible & ~ends
+        alive &= alive.cumsum(axis=1) <= widths[:, None]
+        group, column = np.nonzero(alive)  # survivors, by group, best first
+    ended_group, ended_column = np.nonzero(ended)
     source_place = parent[group, column]
     target_place = _places(group, source_place, groups, width, present)
     target = rows[group, target_place]
     vacant = present.copy()
     vacant[group, target_place] = False
-    ended_group, ended_column = np.nonzero(ended)
     return BeamStep(
         survivor_source=rows[group, source_place],
         survivor_target=target,
@@ -83,19 +90,18 @@ def beam_step(rows: NDArray[np.intp], totals: Floats, ids: NDArray[np.int64], lo
 def _places(group: Rows, parent: Rows, groups: int, width: int, present: NDArray[np.bool_]) -> Rows:
     """The place [survivors] of each survivor: a parent's first child takes the parent's, the others take childless ones."""
     key = group * width + parent
-    _, first = np.unique(key, return_index=True)
-    stays = np.zeros(len(key), dtype=bool)
-    stays[first] = True
-    childless = present.copy()
-    childless[group, parent] = False
+    child = np.full(groups * width, -1)
+    child[key[::-1]] = np.arange(len(key))[::-1]  # of several children the first one, written last, stays
+    goes = np.flatnonzero(child[key] != np.arange(len(key)))
+    if not len(goes):
+        return parent
+    childless = present & (child < 0).reshape(groups, width)
     # The i-th survivor of a group that must go elsewhere takes the group's i-th childless place.
-    goes = np.flatnonzero(~stays)
     goes_group = group[goes]
-    start = np.searchsorted(goes_group, np.arange(groups))
-    nth = np.arange(len(goes)) - start[goes_group]
-    free = np.argsort(~childless, axis=1, kind="stable")  # childless places first, in order
+    nth = np.arange(len(goes)) - np.searchsorted(goes_group, goes_group)
+    free_group, free_place = np.nonzero(childless)
     places = parent.copy()
-    places[goes] = free[goes_group, nth]
+    places[goes] = free_place[np.searchsorted(free_group, goes_group) + nth]
     return places
 
 

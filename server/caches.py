@@ -48,8 +48,8 @@ class Caches(Protocol):
     def adopt(self, rows: Rows, length: int) -> None:
         """Copies the first ``length`` target positions of the staging row into ``rows``."""
 
-    def branch(self, source: Rows, target: Rows, length: int) -> None:
-        """Copies the first ``length`` target positions of row source[i] to row target[i]."""
+    def branch(self, source: Rows, target: Rows, start: Array, stop: Array) -> None:
+        """Copies target positions start[i] to stop[i] of row source[i] to row target[i]; those before are alike."""
 
     def move(self, source: Rows, target: Rows, length: int, source_length: int) -> None:
         """Copies the first ``length`` target positions and ``source_length`` source positions of row source[i] to target[i]."""
@@ -130,8 +130,9 @@ class HostCaches:
     def adopt(self, rows: Rows, length: int) -> None:
         self._self[:, :, rows, :, :length] = self._self[:, :, -1:, :, :length]
 
-    def branch(self, source: Rows, target: Rows, length: int) -> None:
-        _copy_rows(self._self, source, target, length)
+    def branch(self, source: Rows, target: Rows, start: Array, stop: Array) -> None:
+        for s, t, begin, end in zip(source.tolist(), target.tolist(), start.tolist(), stop.tolist(), strict=True):
+            self._self[:, :, t, :, begin:end] = self._self[:, :, s, :, begin:end]
 
     def move(self, source: Rows, target: Rows, length: int, source_length: int) -> None:
         _copy_rows(self._self, source, target, length)
@@ -183,7 +184,7 @@ class DeviceCaches:
         self._copy_rows(0, staging, rows)
         self._memory.synchronize()
 
-    def branch(self, source: Rows, target: Rows, length: int) -> None:
+    def branch(self, source: Rows, target: Rows, start: Array, stop: Array) -> None:
         self._copy_rows(0, source, target)
         self._memory.synchronize()
 

@@ -179,6 +179,7 @@ class Engine:
         h.group[rows], h.member[rows] = group.number, np.arange(len(rows))
         h.length[rows], h.total[rows] = 0, 0.0
         if group.is_beam:
+            self.groups.place(group, rows)
             h.total[rows[1:]] = -np.inf  # all beams start alike: one of them is enough
         if sampling := request.decoding.sampling:
             for sample, row in enumerate(rows.tolist()):
@@ -189,8 +190,7 @@ class Engine:
 
     def _decode(self) -> Candidates:
         n, h = self.rows.live, self.hypotheses
-        wanted = self.groups.candidates[h.group[:n]].max()
-        choices = self.model.top_k_choices
+        wanted, choices = self.groups.most_candidates, self.model.top_k_choices
         top_k = next((k for k in choices if k >= wanted), choices[-1])
         self._work.rows = n
         return self._timed(self.model.decode, h.next_token[:n], h.position[:n], top_k)
@@ -207,7 +207,10 @@ class Engine:
         moves = self.rows.leave(rows)
         if len(moves.source):
             self.model.move(moves.source, moves.target, int(self.hypotheses.position[moves.source].max()))
-            self.hypotheses.move(*moves)
+            h = self.hypotheses
+            h.move(*moves)
+            beams = moves.target[self.groups.is_beam[h.group[moves.target]]]
+            self.groups.rows[h.group[beams], h.member[beams]] = beams
 
     def _timed(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         started = self.clock()

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
+from server.kv_cache import Rows
 from server.requests import Decoding, FinishReason, GenerationRequest, Hypothesis
 
 MAX_CANDIDATES = 64
@@ -31,10 +33,8 @@ class Group:
 
     @property
     def is_plain(self) -> bool:
-        """Greedy, and nothing else to look after at each step."""
-        decoding = self.request.decoding
-        special = decoding.sampling or decoding.min_tokens or self.request.forced or self.request.stream
-        return not (self.is_beam or special)
+        """Greedy or beam search, and nothing else to look after at each step than a least length."""
+        return not (self.request.decoding.sampling or self.request.forced or self.request.stream)
 
     @property
     def enough(self) -> bool:
@@ -94,9 +94,13 @@ class GroupTable:
         self.top_p = np.ones(capacity, np.float64)
         self.forced = np.zeros((capacity, longest), np.int64)
         self.forced_length = np.zeros(capacity, np.int32)
-        self.candidates = np.zeros(capacity, np.int32)
-        """Candidates of each row that a step must bring back."""
+        self.rows = np.full((capacity, min(capacity, MAX_CANDIDATES)), -1)
+        """Under beam search, the row of each member; -1 behind them."""
         self._special = 0
+        self._greedy = 0
+        self._with_min_tokens = 0
+        self._beam_numbers: NDArray[np.intp] | None = None
+        self._most_candidates: int | None = None
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -107,6 +111,29 @@ class GroupTable:
     @property
     def all_plain(self) -> bool:
         return not self._special
+
+    @property
+    def any_greedy(self) -> bool:
+        """Whether a group is not a beam search."""
+        return self._greedy > 0
+
+    @property
+    def any_min_tokens(self) -> bool:
+        return self._with_min_tokens > 0
+
+    @property
+    def beam_numbers(self) -> NDArray[np.intp]:
+        """The groups under beam search, in order of arrival."""
+        if self._beam_numbers is None:
+            self._beam_numbers = np.array([g.number for g in self._by_number.values() if g.is_beam], np.intp)
+        return self._beam_numbers
+
+    @property
+    def most_candidates(self) -> int:
+        """Candidates of each row that a step must bring back."""
+        if self._most_candidates is None:
+            self._most_candidates = max(_candidates(g.request.decoding) for g in self._by_number.values())
+        return self._most_candidates
 
     def __getitem__(self, number: int) -> Group:
         return self._by_number[number]
@@ -127,8 +154,7 @@ class GroupTable:
         self.max_tokens[number] = decoding.max_tokens
         self.forced[number, : len(request.forced)] = request.forced
         self.forced_length[number] = len(request.forced)
-        self.candidates[number] = _candidates(decoding)
-        self._special += not group.is_plain
+        self._count(group, 1)
         if sampling:
             self.needs_all_logits[number] = not 0 < sampling.top_k < MAX_CANDIDATES
             self.temperature[number] = sampling.temperature
@@ -138,5 +164,18 @@ class GroupTable:
 
     def remove(self, group: Group) -> None:
         del self._by_number[group.number], self._by_request[group.request.id]
-        self._special -= not group.is_plain
+        self._count(group, -1)
         self._free.append(group.number)
+
+    def place(self, group: Group, rows: Rows) -> None:
+        """Member i of a beam search lives in rows[i]."""
+        self.rows[group.number] = -1
+        self.rows[group.number, : len(rows)] = rows
+
+    def _count(self, group: Group, change: int) -> None:
+        self._special += change * (not group.is_plain)
+        self._greedy += change * (not group.is_beam)
+        self._with_min_tokens += change * (group.request.decoding.min_tokens > 0)
+        self._most_candidates = None
+        if group.is_beam:
+            self._beam_numbers = None

@@ -67,6 +67,15 @@ class Hypotheses:
         self.tokens[target, :longest] = self.tokens[source, :longest]
         self.log_probabilities[target, :longest] = self.log_probabilities[source, :longest]
 
+    def shared(self, first: Rows, second: Rows) -> Rows:
+        """How many positions of rows first[i] and second[i], of one request, were fed the same tokens from the beginning."""
+        lengths = self.length[first], self.length[second]
+        longest = int(np.minimum(*lengths).max(initial=0))
+        same = self.tokens[first, :longest] == self.tokens[second, :longest]
+        same &= np.arange(longest) < np.minimum(*lengths)[:, None]
+        alike = np.where(same.all(axis=1), longest, same.argmin(axis=1)) if longest else np.zeros(len(first), np.intp)
+        return self.position[first] - lengths[0] + 1 + alike
+
     def append(self, rows: Rows, tokens: NDArray[np.int64], log_probabilities: NDArray[np.float32]) -> None:
         """Row rows[i] writes tokens[i]."""
         at = self.length[rows]
@@ -76,6 +85,16 @@ class Hypotheses:
         self.length[rows] = at + 1
         self.next_token[rows] = tokens
         self.position[rows] += 1
+
+    def append_to_all(self, rows: Rows, tokens: NDArray[np.int64], log_probabilities: NDArray[np.float32]) -> None:
+        """``append`` for rows 0, 1, ... n - 1. Totals are left as they are: greedy rows do not need them."""
+        n = len(rows)
+        at = self.length[:n]
+        self.tokens[rows, at] = tokens
+        self.log_probabilities[rows, at] = log_probabilities
+        at += 1
+        self.next_token[:n] = tokens
+        self.position[:n] += 1
 
     def written(self, row: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Tokens and log-probabilities of one row."""

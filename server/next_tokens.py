@@ -45,31 +45,39 @@ class NextTokens:
         h, groups = self.hypotheses, self.groups
         ids, log_p = candidates
         n = len(ids)
-        if groups.all_plain and np.isfinite(log_p[:, 0]).all():
-            return self._write_plain(self._every_row[:n], ids[:, 0], log_p[:, 0])
         group, length = h.group[:n], h.length[:n]
         top = log_p[:, 0]  # before anything is forbidden: what the logits are compared with
-        broken = ~np.isfinite(top)
+        sound = np.isfinite(top)
+        if groups.any_min_tokens:
+            too_short = length < groups.min_tokens[group]
+            if too_short.any():
+                log_p = forbid(ids, log_p, self.end_token, too_short)
+        if groups.all_plain and sound.all():
+            if not groups.any_greedy:
+                return self._write_beams(groups.beam_numbers, ids, log_p)
+            if not len(groups.beam_numbers):
+                return self._write_greedy(ids, log_p)
+        broken = ~sound
         leaving = [self._fail_broken(broken)] if broken.any() else []
-        too_short = length < groups.min_tokens[group]
-        if too_short.any():
-            log_p = forbid(ids, log_p, self.end_token, too_short)
         forced = length < groups.forced_length[group]
         beam = groups.is_beam[group] & ~forced & ~broken
         single = ~beam & ~broken
         if single.any():
             leaving.append(self._write_single(np.flatnonzero(single), ids, log_p, top, forced))
         if beam.any():
-            leaving.append(self._write_beams(np.flatnonzero(beam), ids, log_p))
+            numbers = groups.beam_numbers
+            leaving.append(self._write_beams(numbers[beam[groups.rows[numbers, 0]]], ids, log_p))
         return np.concatenate(leaving)
 
-    def _write_plain(self, rows: Rows, tokens: NDArray[np.int64], scores: NDArray[np.float32]) -> Rows:
+    def _write_greedy(self, ids: NDArray[np.int64], log_p: NDArray[np.float32]) -> Rows:
         """``_write_single`` for greedy rows alone: the usual case, and on a small model most of what the engine itself does."""
-        h = self.hypotheses
-        h.append(rows, tokens, scores)
-        self.tokens_written += len(rows)
-        ended = (tokens == self.end_token) | (h.length[rows] >= self.groups.max_tokens[h.group[rows]])
-        gone = np.flatnonzero(ended)
+        h, n = self.hypotheses, len(ids)
+        rows, tokens, scores = self._every_row[:n], ids[:, 0], log_p[:, 0]
+        if self.groups.any_min_tokens and (other := np.isneginf(scores)).any():  # the end, too early
+            tokens, scores = np.where(other, ids[:, 1], tokens), np.where(other, log_p[:, 1], scores)
+        h.append_to_all(rows, tokens, scores)
+        self.tokens_written += n
+        gone = np.flatnonzero((tokens == self.end_token) | (h.length[:n] >= self.groups.max_tokens[h.group[:n]]))
         self._end(gone)
         return gone
 
@@ -156,13 +164,13 @@ class NextTokens:
         too_short = h.length[rows] < self.groups.min_tokens[h.group[rows]]
         return order, forbid(order, log_p, self.end_token, too_short)
 
-    def _write_beams(self, rows: Rows, ids: NDArray[np.int64], log_p: NDArray[np.float32]) -> Rows:
-        """One step of every beam search. Returns the rows of the requests that ended."""
+    def _write_beams(self, numbers: Rows, ids: NDArray[np.int64], log_p: NDArray[np.float32]) -> Rows:
+        """One step of the beam searches of these groups. Returns the rows of the requests that ended."""
         h, groups = self.hypotheses, self.groups
-        rows = rows[np.lexsort((h.member[rows], h.group[rows]))]
-        numbers, index = np.unique(h.group[rows], return_inverse=True)
-        table = np.full((len(numbers), int(h.member[rows].max()) + 1), -1)
-        table[index, h.member[rows]] = rows
+        rows = groups.rows[numbers]
+        present = rows >= 0
+        table = rows[:, : int(present.sum(axis=1).max())]  # [G, widest]
+        present = present[:, : table.shape[1]]
         step = beam_step(table, h.total[table], ids[table], log_p[table], self.end_token)
         for source, score in zip(step.ended_source.tolist(), step.ended_log_probability.tolist(), strict=True):
             group = groups[int(h.group[source])]
@@ -173,16 +181,20 @@ class NextTokens:
         moved = step.survivor_source != step.survivor_target
         source, target = step.survivor_source[moved], step.survivor_target[moved]
         if len(source):
-            self.model.branch(source, target, int(h.position[source].max()) + 1)
+            # Siblings share most of what they have written: only what follows is copied.
+            self.model.branch(source, target, h.shared(source, target), h.position[source] + 1)
             h.branch(source, target)
-        h.total[step.empty] = -np.inf
+        if len(step.empty):
+            h.total[step.empty] = -np.inf
         h.append(step.survivor_target, step.survivor_token, step.survivor_log_probability)
         self.tokens_written += len(step.survivor_target)
 
-        present = table >= 0
         at_limit = h.length[table].max(axis=1, initial=0, where=present) >= groups.max_tokens[numbers]
-        empty = ~((h.total[table] > -np.inf) & present).any(axis=1)
-        just_ended = np.isin(numbers, h.group[step.ended_source])
+        empty = just_ended = np.zeros(len(numbers), bool)
+        if len(step.empty):
+            empty = ~((h.total[table] > -np.inf) & present).any(axis=1)
+        if len(step.ended_source):
+            just_ended = np.isin(numbers, h.group[step.ended_source])
         gone = []
         for i in np.flatnonzero(at_limit | empty | just_ended | groups.streams[numbers]).tolist():
             group, own = groups[int(numbers[i])], table[i][present[i]]
@@ -196,7 +208,7 @@ class NextTokens:
                 gone.append(own)
             elif group.request.stream:
                 self._send_agreed(group, live)
-        return np.concatenate(gone) if gone else np.empty(0, np.intp)
+        return np.concatenate(gone) if gone else self._every_row[:0]
 
     def _send_agreed(self, group: Group, live: Rows) -> None:
         """Reports the tokens on which every hypothesis that may still win agrees: the live ones and the best finished one."""

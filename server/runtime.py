@@ -183,8 +183,8 @@ class SequenceRuntime:
             self._device_memory.fetch(self._device_logits + row * target.nbytes, target)
         return fetched[:, : self.shape.vocab_size]
 
-    def branch(self, source: Rows, target: Rows, length: int) -> None:
-        self._caches.branch(source, target, length)
+    def branch(self, source: Rows, target: Rows, start: NDArray[np.intp], stop: NDArray[np.intp]) -> None:
+        self._caches.branch(source, target, start, stop)
 
     def move(self, source: Rows, target: Rows, length: int) -> None:
         longest_source = int(self._source_last[source].max(initial=-1)) + 1 if self.shape.has_encoder else 0

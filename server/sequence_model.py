@@ -77,8 +77,11 @@ class SequenceModel(Protocol):
     def logits(self, rows: Rows) -> NDArray[np.float32]:
         """[len(rows), V] of the last step."""
 
-    def branch(self, source: Rows, target: Rows, length: int) -> None:
-        """Copies the first ``length`` target positions of row source[i] to row target[i]; both have the same source text."""
+    def branch(self, source: Rows, target: Rows, start: NDArray[np.intp], stop: NDArray[np.intp]) -> None:
+        """Copies target positions start[i] to stop[i] of row source[i] to row target[i], which agrees on those before.
+
+        Both have the same source text.
+        """
 
     def move(self, source: Rows, target: Rows, length: int) -> None:
         """Row source[i], of at most ``length`` target positions, becomes row target[i]."""

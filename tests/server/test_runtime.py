@@ -107,8 +107,10 @@ class Machine:
                 sources.append(self.rng.choice(others))
                 targets.append(target)
         if sources:
-            length = max(self.position(self.rows[s]) for s in sources)
-            self.runtime.branch(np.array(sources), np.array(targets), length)
+            pairs = [(self.rows[s], self.rows[t]) for s, t in zip(sources, targets, strict=True)]
+            start = [self.position(row) - len(row.fed) + _shared(row.fed, other.fed) for row, other in pairs]
+            stop = [self.position(row) for row, _ in pairs]
+            self.runtime.branch(np.array(sources), np.array(targets), np.array(start), np.array(stop))
             self.branched += len(sources)
             for source, target in zip(sources, targets, strict=True):
                 self.rows[target] = self.rows[source].copy()
@@ -125,6 +127,11 @@ class Machine:
             for source, target in zip(moves.source.tolist(), moves.target.tolist(), strict=True):
                 self.rows[target] = self.rows[source]
         del self.rows[self.table.live :]
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
