@@ -132,6 +132,7 @@ def _build_engine(bundle: Bundle, precision: str, rows: int, settings: SessionSe
         encoding.step()
         return cast("Stepper", encoding)  # each engine takes its own kind of request, which the door sees to
     runtime = SequenceRuntime(graphs, SequenceShape.from_config(config), rows, settings)
+    runtime.tune()
     engine = Engine(runtime, start_token=Tokenizer.BOS, end_token=Tokenizer.EOS)
     for beams in (1, min(4, rows)):
         engine.submit(GenerationRequest(id="warm-up", input_ids=(Tokenizer.EOS,), decoding=Decoding(max_tokens=1, beams=beams)))

@@ -80,14 +80,21 @@ class Contender:
         self.side = side
         context = multiprocessing.get_context("spawn")
         self._connection, far_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(side, far_end), daemon=True)
+        self._process = context.Process(target=_serve, args=(side, far_end))  # it ends when its pipe does
         with mock.patch.dict(os.environ, side.environment):
             self._process.start()
         far_end.close()
         self._receive()
 
     def run(self, job: Job) -> Outcome:
+        self.begin(job)
+        return self.end()
+
+    def begin(self, job: Job) -> None:
+        """Starts a job; ``end`` waits for its outcome."""
         self._connection.send(job)
+
+    def end(self) -> Outcome:
         outcome = self._receive()
         assert isinstance(outcome, Outcome)
         return outcome

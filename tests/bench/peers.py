@@ -107,14 +107,12 @@ class Candidate:
         return self.contender.run(replace(job, tuning=self.tuning))
 
 
-def engine_sides(shape: Shape, model: Transformer, precision: Precision, rows: int, sessions: Sequence[int]) -> list[Side]:
+def engine_sides(shape: Shape, model: Transformer, precision: Precision, rows: int) -> list[Side]:
     """Everything of ours that is worth trying."""
     folder = graphs(shape, model, precision).absolute()
-    layouts = {(count, threads) for count in sessions for threads in (1, max(1, CORES // count))}
     return [
-        EngineSide(graphs=folder, config=model.config, rows=rows, sessions=count, threads=threads, spinning=spinning)
-        for count, threads in sorted(layouts)
-        for spinning in ((False, True) if threads > 1 else (False,))
+        EngineSide(graphs=folder, config=model.config, rows=rows, processes=count, threads=threads, spinning=threads > 1)
+        for count, threads in sorted({(1, CORES), (CORES, 1)})
     ]
 
 
@@ -191,7 +189,6 @@ def main(
     strategies: Annotated[list[Strategy], typer.Option("--strategy")] = list(Strategy),  # noqa: B006
     concurrencies: Annotated[list[int], typer.Option("--concurrency", help="Requests at once.")] = [1, 8, 32, 64, 128],  # noqa: B006
     lengths: Annotated[list[Lengths], typer.Option("--lengths")] = list(Lengths),  # noqa: B006
-    sessions: Annotated[list[int], typer.Option(help="Numbers of sessions side by side to try for our engine.")] = [1],  # noqa: B006
     repeat: Annotated[int, typer.Option(help="Runs of each side, taken in turn.")] = 5,
     seconds: Annotated[float, typer.Option(help="Length of one run, about.")] = 1.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything here too, after each point.")] = None,
@@ -206,7 +203,7 @@ def main(
             sides = [start(stack, peer_sides(shape, model, precision))]
             rows = max(concurrencies) * max(strategy.beams for strategy in strategies)
             try:
-                sides.insert(0, start(stack, engine_sides(shape, model, precision, rows, sessions)))
+                sides.insert(0, start(stack, engine_sides(shape, model, precision, rows)))
             except (ContenderFailed, KeyError, TypeError, RuntimeError) as error:
                 missing = str(error)
             table = Table("strategy", "lengths", "at once", "ours", "peer", "ratio", title=f"{shape} {precision}")

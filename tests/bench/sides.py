@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.config import ModelConfig
@@ -14,7 +13,7 @@ from server.engine import Engine
 from server.requests import Decoding, Finished, GenerationRequest
 from server.runtime import SequenceRuntime, SessionSettings
 from server.sequence_model import SequenceShape
-from tests.bench.contender import Job, Outcome, Runner, Settings, Wave
+from tests.bench.contender import Contender, Job, Outcome, Runner, Settings, Wave
 
 LONGEST = 64
 """Tokens after which a text is cut off where its length is its own; none is as long."""
@@ -25,15 +24,15 @@ class EngineSide:
     """Our engine.
 
     Args:
-        rows: row capacity of each session.
-        sessions: engines side by side, each with its own session and every so-manieth request.
-        threads: of each session.
+        rows: row capacity of all processes together.
+        processes: engines side by side, each in its own process, with every so-manieth request.
+        threads: of each process's session.
     """
 
     graphs: Path
     config: ModelConfig
     rows: int
-    sessions: int
+    processes: int
     threads: int
     spinning: bool
 
@@ -43,22 +42,36 @@ class EngineSide:
 
     @property
     def settings(self) -> Settings:
-        return {"sessions": self.sessions, "threads": self.threads, "spinning": self.spinning}
+        return {"processes": self.processes, "threads": self.threads, "spinning": self.spinning}
 
     def open(self) -> Runner:
+        if self.processes > 1:
+            return self._open_several()
         settings = SessionSettings(threads=self.threads, spinning=self.spinning)
-        shape = SequenceShape.from_config(self.config.to_dict())
-        runtimes = [SequenceRuntime(self.graphs, shape, self.rows, settings) for _ in range(self.sessions)]
-        pool = ThreadPoolExecutor(self.sessions)
+        runtime = SequenceRuntime(self.graphs, SequenceShape.from_config(self.config.to_dict()), self.rows, settings)
+        runtime.tune()
 
         def run(job: Job) -> Outcome:
-            engines = [
-                Engine(runtime, start_token=BOS, end_token=EOS, join_tokens=job.tuning["join_tokens"]) for runtime in runtimes
-            ]
+            engine = Engine(runtime, start_token=BOS, end_token=EOS, join_tokens=job.tuning["join_tokens"])
+            started = time.perf_counter()
+            tokens = sum(_drain(engine, wave, job) for wave in job.waves)
+            return Outcome(seconds=time.perf_counter() - started, tokens=tokens)
+
+        return run
+
+    def _open_several(self) -> Runner:
+        """A wave ends when its last part ends, as for CTranslate2; ``Contender`` is how one engine runs too."""
+        one = replace(self, processes=1, rows=-(-self.rows // self.processes))
+        engines = [Contender(one) for _ in range(self.processes)]
+
+        def run(job: Job) -> Outcome:
+            waves = [[replace(job, waves=[wave[i :: self.processes]]) for i in range(self.processes)] for wave in job.waves]
             started, tokens = time.perf_counter(), 0
-            for wave in job.waves:
-                parts = [wave[i :: self.sessions] for i in range(self.sessions)]
-                tokens += sum(pool.map(_drain, engines, parts, [job] * self.sessions))
+            for parts in waves:
+                busy = [(engine, part) for engine, part in zip(engines, parts, strict=True) if part.waves[0]]
+                for engine, part in busy:
+                    engine.begin(part)
+                tokens += sum(engine.end().tokens for engine, _ in busy)
             return Outcome(seconds=time.perf_counter() - started, tokens=tokens)
 
         return run
