@@ -76,11 +76,6 @@ def group_query_attention(
     )
 
 
-NARROW = 256
-"""Keys (or values) of a position in so many numbers or fewer stay as computed in eight-bit graphs: to append them in eight bits
-costs more than it saves. Keys and values of the source are eight-bit in any case: nothing is appended to them."""
-
-
 class Sizes(TypedDict):
     heads: int
     kv_heads: int
@@ -96,8 +91,7 @@ class PackedSelfAttention(nn.Module):
         self.packed = _stack_linear(trained.query, trained.key, trained.value)
         self.out = trained.out
         self.rotary, self.causal = rotary, causal
-        wide = trained.kv_heads * trained.width > NARROW
-        self.scales = cache_scales(trained) if causal and wide else None
+        self.scales = cache_scales(trained) if causal else None
 
     def forward(
         self, x: Tensor, batch: int, past: tuple[Tensor, Tensor] | None, last: Tensor, total: Tensor

@@ -193,7 +193,8 @@ class Engine:
         wanted, choices = self.groups.most_candidates, self.model.top_k_choices
         top_k = next((k for k in choices if k >= wanted), choices[-1])
         self._work.rows = n
-        return self._timed(self.model.decode, h.next_token[:n], h.position[:n], top_k)
+        keep_logits = not self.groups.all_plain
+        return self._timed(self.model.decode, h.next_token[:n], h.position[:n], top_k, keep_logits=keep_logits)
 
     # Leaving
 

@@ -109,7 +109,7 @@ class SequenceRuntime:
         self._logits = np.zeros((rows, self._logits_width), np.float32)
         self._top_k = {k: np.array([k], np.int64) for k in self.top_k_choices}
         self._candidates: dict[int, Candidates] = {}
-        self._steps: dict[tuple[int, int, int], ort.IOBinding] = {}
+        self._steps: dict[tuple[int, int, int, bool], ort.IOBinding] = {}
 
     def _open_device(self) -> CudaMemory:
         try:
@@ -169,7 +169,9 @@ class SequenceRuntime:
     def adopt(self, rows: Rows, length: int) -> None:
         self._caches.adopt(rows, length)
 
-    def decode(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], top_k: int) -> Candidates:
+    def decode(
+        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], top_k: int, *, keep_logits: bool = True
+    ) -> Candidates:
         n = len(tokens)
         self._tokens[:n, 0] = tokens
         self._positions[:n, 0] = positions
@@ -178,7 +180,7 @@ class SequenceRuntime:
         if self.shape.has_encoder:
             self._source_total[...] = self._source_last[:n].max() + 1
         for begin in range(0, n, self.step_rows):
-            key = begin, min(n, begin + self.step_rows), top_k
+            key = begin, min(n, begin + self.step_rows), top_k, keep_logits
             binding = self._steps.get(key) or self._bind_step(*key)
             self._decode.run_with_iobinding(binding)
         ids, log_probabilities = self._candidates[top_k]
@@ -206,7 +208,7 @@ class SequenceRuntime:
 
     def _time_step(self, rows: int, age: int) -> float:
         started = time.perf_counter()
-        self.decode(np.zeros(rows, np.int64), np.full(rows, age), self.top_k_choices[0])
+        self.decode(np.zeros(rows, np.int64), np.full(rows, age), self.top_k_choices[0], keep_logits=False)
         return time.perf_counter() - started
 
     def logits(self, rows: Rows) -> NDArray[np.float32]:
@@ -225,8 +227,11 @@ class SequenceRuntime:
         self._caches.move(source, target, length, longest_source)
         self._source_last[target] = self._source_last[source]
 
-    def _bind_step(self, begin: int, end: int, top_k: int) -> ort.IOBinding:
-        """The binding of a run over rows ``begin`` to ``end``, made once."""
+    def _bind_step(self, begin: int, end: int, top_k: int, keep_logits: bool) -> ort.IOBinding:
+        """The binding of a run over rows ``begin`` to ``end``, made once.
+
+        Logits that nobody wants go to one place in every run, which so stays in the core's cache.
+        """
         if top_k not in self._candidates:
             shape = self.rows, top_k
             self._candidates[top_k] = Candidates(np.zeros(shape, np.int64), np.zeros(shape, np.float32))
@@ -242,14 +247,15 @@ class SequenceRuntime:
         if self.shape.has_encoder:
             inputs |= {"source_last": self._source_last[rows], "source_total": self._source_total}
         outputs: Arrays = {"top_ids": candidates.ids[rows], "top_log_probabilities": candidates.log_probabilities[rows]}
+        first = begin if keep_logits else 0
         if self._device_memory is None:
-            outputs["logits"] = self._logits[rows]
+            outputs["logits"] = self._logits[first : first + end - begin]
         else:
-            place = self._device_logits + begin * self._logits_width * 4
+            place = self._device_logits + first * self._logits_width * 4
             binding.bind_output("logits", self._device, 0, np.float32, (end - begin, self._logits_width), place)
         _bind_arrays(binding, inputs, outputs)
         self._bind_caches(binding, rows)
-        self._steps[begin, end, top_k] = binding
+        self._steps[begin, end, top_k, keep_logits] = binding
         return binding
 
     def _bind_caches(self, binding: ort.IOBinding, rows: slice) -> None:

@@ -71,8 +71,14 @@ class SequenceModel(Protocol):
     def adopt(self, rows: Rows, length: int) -> None:
         """Copies the first ``length`` positions of the staging row into ``rows``."""
 
-    def decode(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], top_k: int) -> Candidates:
-        """One step of rows [0, B): tokens[i] stands at positions[i] of row i; what comes next?"""
+    def decode(
+        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], top_k: int, *, keep_logits: bool = True
+    ) -> Candidates:
+        """One step of rows [0, B): tokens[i] stands at positions[i] of row i; what comes next?
+
+        Args:
+            keep_logits: whether ``logits`` may be asked for afterwards.
+        """
 
     def logits(self, rows: Rows) -> NDArray[np.float32]:
         """[len(rows), V] of the last step."""
