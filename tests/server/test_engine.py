@@ -253,8 +253,8 @@ def test_scores_that_are_not_numbers_fail_only_their_request(kind: dict, stream:
     decoding = Decoding(max_tokens=20, min_tokens=19, **kind)
     sick = GenerationRequest(id="sick", input_ids=(4, 5, 6), decoding=decoding, stream=stream)
 
-    def poisoned(tokens, positions, top_k):
-        candidates = decode(tokens, positions, top_k)
+    def poisoned(tokens, positions, top_k, *, keep_logits):
+        candidates = decode(tokens, positions, top_k, keep_logits=keep_logits)
         group = running.groups.of_request("sick")
         own = np.flatnonzero(running.hypotheses.group[: len(tokens)] == group.number) if group else []
         if len(own) and running.hypotheses.length[own].max() >= 2:
