@@ -112,7 +112,7 @@ def engine_sides(shape: Shape, model: Transformer, precision: Precision, rows: i
     folder = graphs(shape, model, precision).absolute()
     return [
         EngineSide(graphs=folder, config=model.config, rows=rows, processes=count, threads=threads, spinning=threads > 1)
-        for count, threads in sorted({(1, CORES), (CORES, 1)})
+        for count, threads in sorted({(1, 1), (1, CORES), (CORES, 1)})
     ]
 
 
