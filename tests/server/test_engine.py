@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from export.quantize import Int8Linear
 from model import decode as reference
 from server.engine import Engine
 from server.requests import Decoding, Failed, Failure, Finished, FinishReason, GenerationRequest, Sampling, TokensReady
@@ -23,6 +25,7 @@ def engine(family: str, rows: int = 16, join_tokens: int = 24, precision: str = 
     runtime = SequenceRuntime(
         tiny.graphs(config, precision=precision), SequenceShape.from_config(config.to_dict()), rows, SessionSettings(threads=1)
     )
+    runtime.step_rows = 7  # a step over more rows takes several runs
     return Engine(runtime, start_token=reference.BOS, end_token=reference.EOS, join_tokens=join_tokens)
 
 
@@ -215,6 +218,25 @@ def test_a_result_does_not_depend_on_its_neighbours(family: str, precision: str)
         assert [h.tokens for h in alone] == [h.tokens for h in crowded]
         if precision == "int8":
             assert [h.log_probabilities for h in alone] == [h.log_probabilities for h in crowded]
+
+
+def test_a_scale_taken_from_the_batch_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above is able to fail: it does with the usual dynamic quantisation, one scale for all rows."""
+
+    def dynamic(self: Int8Linear, x: torch.Tensor) -> torch.Tensor:
+        inputs = [x, self.weight, self.weight_scale, None, self.bias]
+        shape = (*x.shape[:-1], self.outputs)
+        return torch.onnx.ops.symbolic("com.microsoft::DynamicQuantizeMatMul", inputs, dtype=x.dtype, shape=shape, version=1)
+
+    monkeypatch.setattr(Int8Linear, "forward", dynamic)
+    config, rng = tiny.shape("encoder_decoder"), random.Random(6)
+    folder = tiny.graphs.__wrapped__(config, 0, "int8")  # not the one kept for other tests
+    runtime = SequenceRuntime(folder, SequenceShape.from_config(config.to_dict()), 24, SessionSettings(threads=1))
+    running = Engine(runtime, start_token=1, end_token=2)
+    requests = [random_request(rng, f"r{i}") for i in range(60)]
+    together = run(running, requests, rng)
+    alone = {request.id: run(running, [request], rng)[request.id] for request in requests}
+    assert any(alone[r.id][-1] != together[r.id][-1] for r in requests)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -197,3 +197,25 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(RuntimeUnavailable, match="--device cuda: this ONNX Runtime has no CUDA provider"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_may_be_cut_into_runs_of_any_size(name: str) -> None:
+    config = CONFIGS[name]
+    runtime = SequenceRuntime(
+        tiny.graphs(config), SequenceShape.from_config(config.to_dict()), ROWS, SessionSettings(threads=1)
+    )
+    runtime.tune()
+    assert 1 <= runtime.step_rows <= ROWS
+    tokens, positions = np.arange(ROWS) % 30 + 4, np.zeros(ROWS, np.int64)
+    if config.has_encoder:
+        runtime.encode([[5, 6, 7]] * ROWS, [np.array([row]) for row in range(ROWS)])
+    found = []
+    for size in (ROWS, 1, 3):
+        runtime.step_rows = size
+        ids, log_p = runtime.decode(tokens, positions, 4)
+        found.append((ids.copy(), log_p.copy(), runtime.logits(np.arange(ROWS))))
+    for ids, log_p, logits in found[1:]:
+        np.testing.assert_array_equal(ids, found[0][0])
+        np.testing.assert_allclose(log_p, found[0][1], atol=1e-5)
+        np.testing.assert_allclose(logits, found[0][2], atol=1e-5)
