@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.attention import KeyValue
+from model.decoding_rules import Rules
 from model.transformer import Memory, Transformer
 
 BOS, EOS = 1, 2
@@ -27,9 +28,9 @@ class Hypothesis:
     tokens: list[int]
     """The end-of-text token included when the model wrote it; the prompt and the start token not."""
     log_probabilities: list[float]
-    """Natural logarithm of each token's probability."""
+    """Natural logarithm of each token's probability in the model's own distribution."""
     score: float
-    """What hypotheses are ranked by: the sum of log-probabilities / len(tokens) ** length_penalty."""
+    """What hypotheses are ranked by: the sum of adjusted log-probabilities / len(tokens) ** length_penalty."""
 
     @property
     def log_probability(self) -> float:
@@ -49,16 +50,9 @@ class Incremental:
     memory: Memory | None = field(default=None, init=False)
     cache: list[KeyValue] | None = field(default=None, init=False)
 
-    def start(self) -> Tensor:
-        """Log-probabilities [1, V] of the first output token."""
-        return self.start_logits().float().log_softmax(-1)
-
-    def step(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Continues hypothesis parents[i] with tokens[i]; log-probabilities [B, V] of what comes next."""
-        return self.step_logits(parents, tokens).float().log_softmax(-1)
-
     @torch.no_grad()
     def start_logits(self) -> Tensor:
+        """Logits [1, V] of the first output token."""
         device = next(self.model.parameters()).device
         first = list(self.input_ids)
         if self.model.config.has_encoder:
@@ -70,6 +64,7 @@ class Incremental:
 
     @torch.no_grad()
     def step_logits(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Continues hypothesis parents[i] with tokens[i]; logits [B, V] of what comes next."""
         device = next(self.model.parameters()).device
         order = torch.tensor(parents, device=device)
         assert self.cache is not None
@@ -87,19 +82,26 @@ def normalised(log_probability: float, length: int, length_penalty: float) -> fl
     return log_probability / length**length_penalty
 
 
-def greedy(model: Transformer, input_ids: Sequence[int], max_tokens: int, min_tokens: int = 0) -> Hypothesis:
-    """The most probable token at every step, until the end-of-text token or ``max_tokens``."""
+def greedy(
+    model: Transformer, input_ids: Sequence[int], max_tokens: int, min_tokens: int = 0, rules: Rules | None = None
+) -> Hypothesis:
+    """The most probable token at every step, until one that ends the text or ``max_tokens``.
+
+    Args:
+        rules: what else is asked of the output; ``min_tokens`` is a short form of the rule of that name.
+    """
+    rules = rules or Rules(min_tokens=min_tokens)
     decoder = Incremental(model, input_ids)
-    log_p, tokens, scores = decoder.start(), list[int](), list[float]()
+    logits, tokens, scores, total = decoder.start_logits(), list[int](), list[float](), 0.0
     while True:
-        if len(tokens) < min_tokens:
-            log_p[:, EOS] = -math.inf
-        token = int(log_p[0].argmax())
+        own, adjusted = rules.distributions(logits[0], tokens)
+        token = int(adjusted.argmax())
         tokens.append(token)
-        scores.append(float(log_p[0, token]))
-        if token == EOS or len(tokens) == max_tokens:
-            return Hypothesis(tokens, scores, normalised(sum(scores), len(tokens), 1.0))
-        log_p = decoder.step([0], [token])
+        scores.append(float(own[token]))
+        total += float(adjusted[token])
+        if rules.ends(tokens) or rules.stop(tokens) is not None or len(tokens) == max_tokens:
+            return Hypothesis(tokens, scores, normalised(total, len(tokens), 1.0))
+        logits = decoder.step_logits([0], [token])
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,10 @@ class _Beam:
     tokens: list[int]
     log_probabilities: list[float]
     total: float
+    """Sum of adjusted log-probabilities."""
+
+    def hypothesis(self, length_penalty: float) -> Hypothesis:
+        return Hypothesis(self.tokens, self.log_probabilities, normalised(self.total, len(self.tokens), length_penalty))
 
 
 def beam_search(
@@ -118,23 +124,30 @@ def beam_search(
     min_tokens: int = 0,
     length_penalty: float = 1.0,
     patience: float = 1.0,
+    rules: Rules | None = None,
 ) -> list[Hypothesis]:
     """Beam search: keep the ``beams`` most probable unfinished hypotheses, collect the finished ones.
 
     At each step the 2 x beams best continuations are ranked by log-probability. One that ends the text is collected if it ranks
-    among the first ``beams``; the first ``beams`` others live on. The search stops when round(beams * patience) hypotheses are
-    collected ("first come, first served", Kasai et al. 2022), or at ``max_tokens``, where the live ones are collected too.
+    among the first ``beams``; the first ``beams`` others live on. Of these, one whose text now holds a stop string is collected
+    at once, and its place stays empty until the others' continuations fill it. The search stops when round(beams * patience)
+    hypotheses are collected ("first come, first served", Kasai et al. 2022), or at ``max_tokens``, where the live ones are
+    collected too.
+
+    Args:
+        rules: what else is asked of the output; ``min_tokens`` is a short form of the rule of that name.
 
     Returns:
         The ``beams`` best by score, best first.
     """
+    rules = rules or Rules(min_tokens=min_tokens)
     decoder = Incremental(model, input_ids)
-    log_p = decoder.start()
+    logits = decoder.start_logits()
     live, finished = [_Beam([], [], 0.0)], list[Hypothesis]()
     enough = max(1, round(beams * patience))
     for length in range(1, max_tokens + 1):
-        if length <= min_tokens:
-            log_p[:, EOS] = -math.inf
+        both = [rules.distributions(row, b.tokens) for row, b in zip(logits, live, strict=True)]
+        own, log_p = torch.stack([one for one, _ in both]), torch.stack([one for _, one in both])  # [B, V]
         totals = torch.tensor([b.total for b in live], device=log_p.device)[:, None] + log_p  # [B, V]
         candidates = min(2 * beams, totals.numel())
         best, where = totals.flatten().topk(candidates)
@@ -144,20 +157,23 @@ def beam_search(
             if total == -math.inf:
                 continue
             tokens = [*live[parent].tokens, token]
-            token_scores = [*live[parent].log_probabilities, float(log_p[parent, token])]
-            if token == EOS:
+            child = _Beam(tokens, [*live[parent].log_probabilities, float(own[parent, token])], total)
+            if rules.ends(tokens):
                 if rank < beams:
-                    finished.append(Hypothesis(tokens, token_scores, normalised(total, length, length_penalty)))
+                    finished.append(child.hypothesis(length_penalty))
             elif len(survivors) < beams:
                 parents.append(parent)
-                survivors.append(_Beam(tokens, token_scores, total))
-        live = survivors
+                survivors.append(child)
+        stopped = [rules.stop(b.tokens) is not None for b in survivors]
+        finished += [b.hypothesis(length_penalty) for b, stop in zip(survivors, stopped, strict=True) if stop]
+        parents = [parent for parent, stop in zip(parents, stopped, strict=True) if not stop]
+        live = [b for b, stop in zip(survivors, stopped, strict=True) if not stop]
         if len(finished) >= enough or not live:
             break
         if length == max_tokens:
-            finished += [Hypothesis(b.tokens, b.log_probabilities, normalised(b.total, length, length_penalty)) for b in live]
+            finished += [b.hypothesis(length_penalty) for b in live]
             break
-        log_p = decoder.step(parents, [b.tokens[-1] for b in live])
+        logits = decoder.step_logits(parents, [b.tokens[-1] for b in live])
     return sorted(finished, key=lambda h: -h.score)[:beams]
 
 
@@ -172,32 +188,42 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    rules: Rules | None = None,
 ) -> Hypothesis:
-    """Ancestral sampling from the k most probable tokens (``top_k`` > 0), or the smallest set of probability ``top_p``.
+    """Ancestral sampling from tokens that are among the ``top_k`` (> 0) most probable, in the smallest set of probability
+    ``top_p``, and of at least ``min_p`` times the greatest probability (Nguyen et al. 2024).
 
-    Step t of sample i draws the t-th uniform number of the Philox generator (Salmon et al. 2011) with key (seed, i): the output
-    depends on nothing else. Tokens are laid out on [0, 1) by falling probability, ties by id.
+    Temperature, then the three sets, act on the adjusted distribution. Step t of sample i draws the t-th uniform number of the
+    Philox generator (Salmon et al. 2011) with key (seed, i): the output depends on nothing else. Tokens are laid out on [0, 1)
+    by falling probability, ties by id.
+
+    Args:
+        rules: what else is asked of the output; ``min_tokens`` is a short form of the rule of that name.
     """
+    rules = rules or Rules(min_tokens=min_tokens)
     decoder = Incremental(model, input_ids)
     uniform = np.random.Generator(np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)))
-    log_p, tokens, scores = decoder.start(), list[int](), list[float]()
+    logits, tokens, scores, total = decoder.start_logits(), list[int](), list[float](), 0.0
     while True:
-        if len(tokens) < min_tokens:
-            log_p[:, EOS] = -math.inf
-        row = log_p[0].double()
+        own, adjusted = rules.distributions(logits[0], tokens)
+        row = adjusted.double()
         order = torch.sort(row, descending=True, stable=True).indices
         if top_k:
             order = order[:top_k]
-        p = (row[order] / temperature).softmax(0).cumsum(0)
-        keep = int((p < top_p).sum()) + 1  # the token that reaches top_p is in
+        p = (row[order] / temperature).softmax(0)
+        probable = int((p >= min_p * p[0]).sum())
+        p = p.cumsum(0)
+        keep = min(int((p < top_p).sum()) + 1, probable)  # the token that reaches top_p is in
         p = p[:keep]
         chosen = int((p <= uniform.random() * p[-1]).sum())
         token = int(order[min(chosen, len(p) - 1)])
         tokens.append(token)
-        scores.append(float(log_p[0, token]))
-        if token == EOS or len(tokens) == max_tokens:
-            return Hypothesis(tokens, scores, normalised(sum(scores), len(tokens), 1.0))
-        log_p = decoder.step([0], [token])
+        scores.append(float(own[token]))
+        total += float(adjusted[token])
+        if rules.ends(tokens) or rules.stop(tokens) is not None or len(tokens) == max_tokens:
+            return Hypothesis(tokens, scores, normalised(total, len(tokens), 1.0))
+        logits = decoder.step_logits([0], [token])
 
 
 @torch.no_grad()

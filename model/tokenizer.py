@@ -173,6 +173,12 @@ class TextStream:
             self._shown = len(self._decode(self._window))
         return new
 
+    def copy(self) -> TextStream:
+        """The same text so far, from here on continued by itself."""
+        twin = TextStream(self._decode, self._spoken)
+        twin._window, twin._shown = self._window.copy(), self._shown
+        return twin
+
     def flush(self) -> str:
         """What is left at the end: bytes that never became a character, as U+FFFD."""
         rest = self._decode(self._window)[self._shown :]

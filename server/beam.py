@@ -28,11 +28,19 @@ class BeamStep:
     empty: Rows
     """Rows of groups that hold no hypothesis after this step."""
     ended_source: Rows
-    """Row each finished hypothesis continues with the end-of-text token."""
+    """Row each finished hypothesis continues with a token that ends it."""
+    ended_token: NDArray[np.int64]
     ended_log_probability: Floats
 
 
-def beam_step(rows: NDArray[np.intp], totals: Floats, ids: NDArray[np.int64], log_probabilities: Floats, end: int) -> BeamStep:
+def beam_step(
+    rows: NDArray[np.intp],
+    totals: Floats,
+    ids: NDArray[np.int64],
+    log_probabilities: Floats,
+    end: int,
+    stops: NDArray[np.bool_] | None = None,
+) -> BeamStep:
     """Ranks the continuations of each group's hypotheses and decides which live on.
 
     Of the 2 x width best continuations of a group, one that ends the text is finished if it ranks among the first ``width``;
@@ -43,6 +51,7 @@ def beam_step(rows: NDArray[np.intp], totals: Floats, ids: NDArray[np.int64], lo
         totals: [G, W] log-probability of each hypothesis so far; -inf where there is none.
         ids, log_probabilities: [G, W, C], best first; C at least 2 x W (one more where the end is forbidden).
         end: id of the end-of-text token.
+        stops: [G, W, C] candidates that end the text like it.
     """
     groups, width = rows.shape
     candidates = ids.shape[2]
@@ -58,6 +67,8 @@ def beam_step(rows: NDArray[np.intp], totals: Floats, ids: NDArray[np.int64], lo
     parent = order // candidates
 
     ends = token == end
+    if stops is not None:
+        ends |= stops.take(cell)
     if complete and not ends[:, :width].any() and ranked[:, width - 1].min() > -np.inf:  # the usual step: the first survive
         group, column = np.divmod(np.arange(groups * width), width)
         ended = ends[:, :0]
@@ -83,6 +94,7 @@ def beam_step(rows: NDArray[np.intp], totals: Floats, ids: NDArray[np.int64], lo
         survivor_log_probability=log_p[group, column],
         empty=rows[vacant],
         ended_source=rows[ended_group, parent[ended_group, ended_column]],
+        ended_token=token[ended_group, ended_column],
         ended_log_probability=log_p[ended_group, ended_column],
     )
 

@@ -19,10 +19,12 @@ from server.requests import (
     SamplingOptions,
     TokensReady,
 )
+from server.stopping import StoppingText, TextStream
 
 _FINISH_REASONS = {
     FinishReason.END_OF_TEXT: pb.FINISH_REASON_END_OF_TEXT,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
 }
 
 
@@ -47,6 +49,7 @@ def decoding_options(message: pb.GenerationOptions) -> DecodingOptions:
             temperature=_decimal(given.temperature) if given.HasField("temperature") else None,
             top_k=given.top_k if given.HasField("top_k") else None,
             top_p=_decimal(given.top_p) if given.HasField("top_p") else None,
+            min_p=_decimal(given.min_p) if given.HasField("min_p") else None,
             seed=given.seed if given.HasField("seed") else None,
         )
     return DecodingOptions(
@@ -57,6 +60,15 @@ def decoding_options(message: pb.GenerationOptions) -> DecodingOptions:
         min_tokens=message.min_tokens if message.HasField("min_tokens") else None,
         patience=_decimal(message.patience) if message.HasField("patience") else None,
         sampling=sampling,
+        repetition_penalty=_decimal(message.repetition_penalty) if message.HasField("repetition_penalty") else None,
+        frequency_penalty=_decimal(message.frequency_penalty) if message.HasField("frequency_penalty") else None,
+        presence_penalty=_decimal(message.presence_penalty) if message.HasField("presence_penalty") else None,
+        token_bias=tuple((bias.id, _decimal(bias.bias)) for bias in message.token_bias),
+        no_repeat_ngram=message.no_repeat_ngram if message.HasField("no_repeat_ngram") else None,
+        suppressed_tokens=tuple(message.suppressed_tokens),
+        stop_tokens=tuple(message.stop_tokens),
+        stop_strings=tuple(message.stop_strings),
+        ignore_end_of_text=message.ignore_end_of_text,
     )
 
 
@@ -73,21 +85,34 @@ def generate_result(
 ) -> pb.GenerateResult:
     sampling = request.decoding.sampling
     return pb.GenerateResult(
-        hypotheses=[_hypothesis(hypothesis, tokenizer, return_tokens) for hypothesis in finished.hypotheses],
+        hypotheses=[_hypothesis(hypothesis, request, tokenizer, return_tokens) for hypothesis in finished.hypotheses],
         input_token_count=len(request.input_ids),
         seed=sampling.seed if sampling else None,
     )
 
 
-def _hypothesis(hypothesis: Hypothesis, tokenizer: Tokenizer, return_tokens: bool) -> pb.Hypothesis:
+def _hypothesis(hypothesis: Hypothesis, request: GenerationRequest, tokenizer: Tokenizer, return_tokens: bool) -> pb.Hypothesis:
+    if hypothesis.finish_reason is FinishReason.STOP:
+        stream = _text_stream(request, tokenizer)
+        text = stream.push(hypothesis.tokens) + stream.flush()
+    else:
+        text = tokenizer.decode(hypothesis.tokens)
     return pb.Hypothesis(
-        text=tokenizer.decode(hypothesis.tokens),
+        text=text,
         log_probability=hypothesis.log_probability,
         score=hypothesis.score,
         finish_reason=_FINISH_REASONS[hypothesis.finish_reason],
         token_count=len(hypothesis.tokens),
         tokens=_tokens(hypothesis.tokens, hypothesis.log_probabilities) if return_tokens else (),
     )
+
+
+def _text_stream(request: GenerationRequest, tokenizer: Tokenizer) -> TextStream:
+    """Begins the text of one output."""
+    stream, decoding = tokenizer.stream(), request.decoding
+    if decoding.stop_strings or decoding.stop_tokens:
+        return StoppingText(stream, decoding.stop_strings, decoding.stop_tokens, quiet=request.quiet)
+    return stream
 
 
 def score_result(finished: Finished, *, return_tokens: bool) -> pb.ScoreResult:
@@ -160,7 +185,7 @@ class StreamedInput:
         self._return_tokens = return_tokens
         # Under beam search only the prefix on which all hypotheses agree is streamed: it is the best one's.
         streamed = request.decoding.hypotheses if request.decoding.sampling else 1
-        self._texts = [tokenizer.stream() for _ in range(streamed)]
+        self._texts = [_text_stream(request, tokenizer) for _ in range(streamed)]
         self._sent = [0] * streamed
 
     def messages(self, event: TokensReady | Finished) -> list[pb.GenerateStreamResponse]:

@@ -53,7 +53,15 @@ class Door:
         check_count(len(inputs), self._limits, "inputs")
         complaints = Complaints()
         named = self._check_texts("inputs[{}]", inputs, complaints)
-        decoding = check_decoding(options, self._limits, self._model.defaults, complaints, random_seed=secrets.randbits(53))
+        decoding = check_decoding(
+            options,
+            self._limits,
+            self._model.defaults,
+            complaints,
+            vocab_size=self._model.vocab_size,
+            end_token=self._tokenizer.EOS,
+            random_seed=secrets.randbits(53),
+        )
         if target_prefix and not self._has_encoder:
             complaints.refuse("target_prefix", f"must be empty for a {self._model.family} model: write it in the input")
         elif target_prefix:

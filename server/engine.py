@@ -24,6 +24,7 @@ from server.sampling import uniform_draws
 from server.scheduler import Scheduler, Waiting
 from server.sequence_model import Candidates, SequenceModel
 from server.step_stats import StepStats
+from server.stopping import StoppingText, TextStream
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Engine:
     Args:
         start_token, end_token: begin and end of a target.
         join_tokens: input tokens that one step may encode or prefill.
+        text_stream: begins the text of an output; needed by requests with stop strings.
         clock: seconds, monotonic.
     """
 
@@ -67,10 +69,12 @@ class Engine:
         start_token: int,
         end_token: int,
         join_tokens: int = 512,
+        text_stream: Callable[[], TextStream] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model
         self.start_token = start_token
+        self.text_stream = text_stream
         self.clock = clock
         self.scheduler = Scheduler(join_tokens)
         self.rows = RowTable(model.rows)
@@ -181,6 +185,9 @@ class Engine:
         if group.is_beam:
             self.groups.place(group, rows)
             h.total[rows[1:]] = -np.inf  # all beams start alike: one of them is enough
+        if stops := request.decoding.stop_strings:
+            assert self.text_stream is not None
+            group.texts = [StoppingText(self.text_stream(), stops, quiet=request.quiet) for _ in rows]
         if sampling := request.decoding.sampling:
             for sample, row in enumerate(rows.tolist()):
                 count = request.decoding.max_tokens

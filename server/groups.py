@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.kv_cache import Rows
-from server.requests import Decoding, FinishReason, GenerationRequest, Hypothesis
+from server.penalties import AdjustmentTable
+from server.requests import MAX_STOP_TOKENS, Adjustments, Decoding, FinishReason, GenerationRequest, Hypothesis
+from server.stopping import StoppingText
 
 MAX_CANDIDATES = 64
 """Candidates a step brings back for each row; a sampled row that may need more reads all logits."""
@@ -26,6 +28,8 @@ class Group:
     """By sample; under beam search, by order of finishing."""
     sent: int = 0
     """Tokens already reported under beam search."""
+    texts: list[StoppingText] = field(default_factory=list)
+    """What each member has written, where stop strings are looked for."""
 
     @property
     def is_beam(self) -> bool:
@@ -34,7 +38,15 @@ class Group:
     @property
     def is_plain(self) -> bool:
         """Greedy or beam search, and nothing else to look after at each step than a least length."""
-        return not (self.request.decoding.sampling or self.request.forced or self.request.stream)
+        decoding = self.request.decoding
+        special = decoding.sampling or self.request.forced or self.request.stream
+        return not (special or self.is_adjusted or decoding.stop_tokens or decoding.stop_strings)
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Tokens are chosen from an adjusted distribution."""
+        decoding = self.request.decoding
+        return decoding.adjustments != Adjustments() or bool(decoding.min_tokens and decoding.stop_tokens)
 
     @property
     def enough(self) -> bool:
@@ -42,13 +54,23 @@ class Group:
         decoding = self.request.decoding
         return len(self.finished) >= max(1, round(decoding.beams * decoding.patience))
 
-    def hypothesis(self, tokens: tuple[int, ...], log_probabilities: tuple[float, ...], reason: FinishReason) -> Hypothesis:
+    def finish_reason(self, member: int, token: int, end_token: int) -> FinishReason:
+        """Why the output ended whose last token this is."""
+        if token == end_token:
+            return FinishReason.END_OF_TEXT
+        stopped = token in self.request.decoding.stop_tokens or (self.texts and self.texts[member].stopped)
+        return FinishReason.STOP if stopped else FinishReason.LENGTH
+
+    def hypothesis(
+        self, tokens: tuple[int, ...], log_probabilities: tuple[float, ...], reason: FinishReason, adjusted: float | None = None
+    ) -> Hypothesis:
+        """Args: adjusted: sum of the log-probabilities by which tokens were chosen; None where they are the model's own."""
         total = sum(log_probabilities)
         return Hypothesis(
             tokens=tokens,
             log_probabilities=log_probabilities,
             log_probability=total,
-            score=total / len(tokens) ** self.request.decoding.length_penalty,
+            score=(total if adjusted is None else adjusted) / len(tokens) ** self.request.decoding.length_penalty,
             finish_reason=reason,
         )
 
@@ -86,21 +108,34 @@ class GroupTable:
         self.is_sampled = np.zeros(capacity, bool)
         self.streams = np.zeros(capacity, bool)
         self.forced_only = np.zeros(capacity, bool)
+        self.is_adjusted = np.zeros(capacity, bool)
+        self.has_stop_strings = np.zeros(capacity, bool)
+        self.stop_tokens = np.full((capacity, MAX_STOP_TOKENS), -1, np.int64)
+        self.adjustments = AdjustmentTable(capacity)
         self.needs_all_logits = np.zeros(capacity, bool)
         self.min_tokens = np.zeros(capacity, np.int32)
         self.max_tokens = np.zeros(capacity, np.int32)
         self.temperature = np.ones(capacity, np.float64)
         self.top_k = np.zeros(capacity, np.int64)
         self.top_p = np.ones(capacity, np.float64)
+        self.min_p = np.zeros(capacity, np.float64)
         self.forced = np.zeros((capacity, longest), np.int64)
         self.forced_length = np.zeros(capacity, np.int32)
         self.rows = np.full((capacity, min(capacity, MAX_CANDIDATES)), -1)
         """Under beam search, the row of each member; -1 behind them."""
+        self.candidates = np.zeros(capacity, np.int32)
+        """Candidates of each row that a step must bring back."""
         self._special = 0
         self._greedy = 0
         self._with_min_tokens = 0
         self._beam_numbers: NDArray[np.intp] | None = None
         self._most_candidates: int | None = None
+        self.adjusted = 0
+        """How many groups choose from an adjusted distribution, ..."""
+        self.with_stop_tokens = 0
+        """... end at stop tokens, ..."""
+        self.with_stop_strings = 0
+        """... or at stop strings."""
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -154,17 +189,26 @@ class GroupTable:
         self.max_tokens[number] = decoding.max_tokens
         self.forced[number, : len(request.forced)] = request.forced
         self.forced_length[number] = len(request.forced)
+        self.candidates[number] = _candidates(decoding)
+        self.is_adjusted[number] = group.is_adjusted
+        if group.is_adjusted:
+            self.adjustments.add(number, decoding.adjustments)
+        self.stop_tokens[number] = -1
+        self.stop_tokens[number, : len(decoding.stop_tokens)] = decoding.stop_tokens
+        self.has_stop_strings[number] = bool(decoding.stop_strings)
         self._count(group, 1)
         if sampling:
             self.needs_all_logits[number] = not 0 < sampling.top_k < MAX_CANDIDATES
             self.temperature[number] = sampling.temperature
             self.top_k[number] = sampling.top_k
             self.top_p[number] = sampling.top_p
+            self.min_p[number] = sampling.min_p
         return group
 
     def remove(self, group: Group) -> None:
         del self._by_number[group.number], self._by_request[group.request.id]
         self._count(group, -1)
+        self.adjustments.remove(group.number)
         self._free.append(group.number)
 
     def place(self, group: Group, rows: Rows) -> None:
@@ -173,9 +217,13 @@ class GroupTable:
         self.rows[group.number, : len(rows)] = rows
 
     def _count(self, group: Group, change: int) -> None:
+        decoding = group.request.decoding
         self._special += change * (not group.is_plain)
         self._greedy += change * (not group.is_beam)
-        self._with_min_tokens += change * (group.request.decoding.min_tokens > 0)
+        self._with_min_tokens += change * (decoding.min_tokens > 0)
+        self.adjusted += change * group.is_adjusted
+        self.with_stop_tokens += change * bool(decoding.stop_tokens)
+        self.with_stop_strings += change * bool(decoding.stop_strings)
         self._most_candidates = None
         if group.is_beam:
             self._beam_numbers = None

@@ -63,7 +63,7 @@ def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Call
         )
     rows = _choose_rows(bundle, device, precision, options)
     settings = SessionSettings(device=device, threads=options.threads or _usual_threads())
-    build = partial(_build_engine, bundle, precision, rows, settings)
+    build = partial(_build_engine, bundle, precision, rows, settings, tokenizer)
     limits = Limits(
         max_input_tokens=manifest.limits["max_input_tokens"], max_output_tokens=manifest.limits["max_output_tokens"]
     )
@@ -123,7 +123,7 @@ def _choose_precision(bundle: Bundle, device: str, asked: Precision) -> str:
     )
 
 
-def _build_engine(bundle: Bundle, precision: str, rows: int, settings: SessionSettings) -> Stepper:
+def _build_engine(bundle: Bundle, precision: str, rows: int, settings: SessionSettings, tokenizer: Tokenizer) -> Stepper:
     """Loaded and warm. Raises RuntimeUnavailable."""
     config, graphs = bundle.manifest.model, bundle.root / precision
     if config["family"] == "encoder_only":
@@ -133,7 +133,7 @@ def _build_engine(bundle: Bundle, precision: str, rows: int, settings: SessionSe
         return cast("Stepper", encoding)  # each engine takes its own kind of request, which the door sees to
     runtime = SequenceRuntime(graphs, SequenceShape.from_config(config), rows, settings)
     runtime.tune()
-    engine = Engine(runtime, start_token=Tokenizer.BOS, end_token=Tokenizer.EOS)
+    engine = Engine(runtime, start_token=Tokenizer.BOS, end_token=Tokenizer.EOS, text_stream=tokenizer.stream)
     for beams in (1, min(4, rows)):
         engine.submit(GenerationRequest(id="warm-up", input_ids=(Tokenizer.EOS,), decoding=Decoding(max_tokens=1, beams=beams)))
         while engine.has_work:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from server.beam import agreed_length, beam_step
+from server.adjusted import AdjustedRows
+from server.beam import BeamStep, agreed_length, beam_step
 from server.groups import Group, GroupTable
 from server.hypotheses import Hypotheses
 from server.kv_cache import Rows
@@ -36,6 +37,7 @@ class NextTokens:
     ) -> None:
         self.model, self.hypotheses, self.groups = model, hypotheses, groups
         self.end_token, self.emit = end_token, emit
+        self._adjusted = AdjustedRows(model, hypotheses, groups, end_token)
         self._every_row = np.arange(len(hypotheses.group))
         self.tokens_written = 0
         """Since the beginning."""
@@ -60,6 +62,10 @@ class NextTokens:
         broken = ~sound
         leaving = [self._fail_broken(broken)] if broken.any() else []
         forced = length < groups.forced_length[group]
+        if groups.adjusted:
+            adjusted = np.flatnonzero(groups.is_adjusted[group] & ~forced & ~broken)
+            if len(adjusted):
+                ids, log_p = self._adjusted.read(adjusted, Candidates(ids, log_p), top)
         beam = groups.is_beam[group] & ~forced & ~broken
         single = ~beam & ~broken
         if single.any():
@@ -107,7 +113,14 @@ class NextTokens:
         h.append(rows, tokens[rows], scores[rows])
         self.tokens_written += len(rows)
         own = h.group[rows]
+        if groups.adjusted:
+            chosen = rows[groups.is_adjusted[own] & ~forced[rows]]
+            h.log_probabilities[chosen, h.length[chosen] - 1] = self._adjusted.own(chosen, tokens[chosen])
         ended = (tokens[rows] == self.end_token) & ~forced[rows]
+        if groups.with_stop_tokens:
+            ended |= (tokens[rows, None] == groups.stop_tokens[own]).any(axis=1) & ~forced[rows]
+        if groups.with_stop_strings:
+            ended |= self._complete_stop_strings(rows, tokens[rows]) & ~groups.is_beam[own]
         ended |= (h.length[rows] >= groups.max_tokens[own]) & ~groups.is_beam[own]
         ended |= groups.forced_only[own] & (h.length[rows] == groups.forced_length[own])
         for row in rows[groups.streams[own] & ~groups.is_beam[own]].tolist():
@@ -124,8 +137,9 @@ class NextTokens:
         for row in gone.tolist():
             group = self.groups[int(h.group[row])]
             written, log_probabilities = h.written(row)
-            reason = FinishReason.END_OF_TEXT if written[-1] == self.end_token else FinishReason.LENGTH
-            group.finished[int(h.member[row])] = group.hypothesis(written, log_probabilities, reason)
+            member, adjusted = int(h.member[row]), float(h.total[row]) if group.is_adjusted else None
+            reason = group.finish_reason(member, written[-1], self.end_token)
+            group.finished[member] = group.hypothesis(written, log_probabilities, reason, adjusted)
             group.live_rows -= 1
             if group.live_rows == 0:
                 self._finish(group)
@@ -136,17 +150,24 @@ class NextTokens:
         """Tokens and log-probabilities drawn for ``rows``."""
         h, groups = self.hypotheses, self.groups
         tokens, scores = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
-        whole = groups.needs_all_logits[h.group[rows]]
-        for part in (np.flatnonzero(~whole), np.flatnonzero(whole)):
+        whole, adjusted = groups.needs_all_logits[h.group[rows]], groups.is_adjusted[h.group[rows]]
+        for part in (np.flatnonzero(~whole), np.flatnonzero(whole & ~adjusted), np.flatnonzero(whole & adjusted)):
             if not len(part):
                 continue
             own = rows[part]
             group = h.group[own]
             part_ids, part_log_p = ids[own], log_p[own]
-            if whole[part[0]]:
+            if whole[part[0]] and adjusted[part[0]]:
+                part_ids, part_log_p = self._adjusted.all_candidates(own)
+            elif whole[part[0]]:
                 part_ids, part_log_p = self._all_candidates(own, ids, top)
             column = draw(
-                part_log_p, h.draws[own, h.length[own]], groups.temperature[group], groups.top_k[group], groups.top_p[group]
+                part_log_p,
+                h.draws[own, h.length[own]],
+                groups.temperature[group],
+                groups.top_k[group],
+                groups.top_p[group],
+                groups.min_p[group],
             )[:, None]
             tokens[part] = np.take_along_axis(part_ids, column, axis=1)[:, 0]
             scores[part] = np.take_along_axis(part_log_p, column, axis=1)[:, 0]
@@ -171,13 +192,19 @@ class NextTokens:
         present = rows >= 0
         table = rows[:, : int(present.sum(axis=1).max())]  # [G, widest]
         present = present[:, : table.shape[1]]
-        step = beam_step(table, h.total[table], ids[table], log_p[table], self.end_token)
-        for source, score in zip(step.ended_source.tolist(), step.ended_log_probability.tolist(), strict=True):
+        choices, stops = ids[table], None
+        if groups.with_stop_tokens:
+            stops = (choices[..., None] == groups.stop_tokens[numbers][:, None, None]).any(axis=-1)
+        step = beam_step(table, h.total[table], choices, log_p[table], self.end_token, stops)
+        ended = step.ended_source.tolist(), step.ended_token.tolist(), step.ended_log_probability.tolist()
+        for source, token, score in zip(*ended, strict=True):
             group = groups[int(h.group[source])]
             tokens, scores = h.written(source)
-            group.finished[len(group.finished)] = group.hypothesis(
-                (*tokens, self.end_token), (*scores, score), FinishReason.END_OF_TEXT
-            )
+            adjusted = None
+            if group.is_adjusted:
+                adjusted, score = float(h.total[source]) + score, float(self._adjusted.own(source, token))
+            reason = FinishReason.END_OF_TEXT if token == self.end_token else FinishReason.STOP
+            group.finished[len(group.finished)] = group.hypothesis((*tokens, token), (*scores, score), reason, adjusted)
         moved = step.survivor_source != step.survivor_target
         source, target = step.survivor_source[moved], step.survivor_target[moved]
         if len(source):
@@ -188,27 +215,63 @@ class NextTokens:
             h.total[step.empty] = -np.inf
         h.append(step.survivor_target, step.survivor_token, step.survivor_log_probability)
         self.tokens_written += len(step.survivor_target)
+        if groups.adjusted:
+            chosen = np.flatnonzero(groups.is_adjusted[h.group[step.survivor_target]])
+            target = step.survivor_target[chosen]
+            own_log_p = self._adjusted.own(step.survivor_source[chosen], step.survivor_token[chosen])
+            h.log_probabilities[target, h.length[target] - 1] = own_log_p
+        stopped: Rows = self._stop_beams(step) if groups.with_stop_strings else step.ended_source[:0]
 
         at_limit = h.length[table].max(axis=1, initial=0, where=present) >= groups.max_tokens[numbers]
         empty = just_ended = np.zeros(len(numbers), bool)
-        if len(step.empty):
+        if len(step.empty) or len(stopped):
             empty = ~((h.total[table] > -np.inf) & present).any(axis=1)
-        if len(step.ended_source):
-            just_ended = np.isin(numbers, h.group[step.ended_source])
+        if len(step.ended_source) or len(stopped):
+            just_ended = np.isin(numbers, h.group[np.concatenate([step.ended_source, stopped])])
         gone = []
         for i in np.flatnonzero(at_limit | empty | just_ended | groups.streams[numbers]).tolist():
             group, own = groups[int(numbers[i])], table[i][present[i]]
             live = own[h.total[own] > -np.inf]
             if at_limit[i] and not group.enough:
                 for row in live.tolist():
-                    tokens, scores = h.written(row)
-                    group.finished[len(group.finished)] = group.hypothesis(tokens, scores, FinishReason.LENGTH)
+                    self._collect(group, row, FinishReason.LENGTH)
             if group.enough or at_limit[i] or empty[i]:
                 self._finish(group)
                 gone.append(own)
             elif group.request.stream:
                 self._send_agreed(group, live)
         return np.concatenate(gone) if gone else self._every_row[:0]
+
+    def _collect(self, group: Group, row: int, reason: FinishReason) -> None:
+        """What a row of a beam search has written becomes one of its finished hypotheses."""
+        tokens, scores = self.hypotheses.written(row)
+        adjusted = float(self.hypotheses.total[row]) if group.is_adjusted else None
+        group.finished[len(group.finished)] = group.hypothesis(tokens, scores, reason, adjusted)
+
+    def _complete_stop_strings(self, rows: Rows, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the text of each row, with its new token, holds a stop string."""
+        h, groups = self.hypotheses, self.groups
+        stopped = np.zeros(len(rows), bool)
+        for i in np.flatnonzero(groups.has_stop_strings[h.group[rows]]).tolist():
+            text = groups[int(h.group[rows[i]])].texts[int(h.member[rows[i]])]
+            text.push((int(tokens[i]),))
+            stopped[i] = text.stopped
+        return stopped
+
+    def _stop_beams(self, step: BeamStep) -> Rows:
+        """Survivors whose text holds a stop string are finished; their rows [stopped] are empty until others' children come."""
+        h, groups = self.hypotheses, self.groups
+        watched = np.flatnonzero(groups.has_stop_strings[h.group[step.survivor_target]])
+        target = step.survivor_target[watched]
+        parents = zip(h.group[target].tolist(), h.member[step.survivor_source[watched]].tolist(), strict=True)
+        children = [groups[number].texts[member].copy() for number, member in parents]
+        for row, text in zip(target.tolist(), children, strict=True):
+            groups[int(h.group[row])].texts[int(h.member[row])] = text
+        stopped = target[self._complete_stop_strings(target, step.survivor_token[watched])]
+        for row in stopped.tolist():
+            self._collect(groups[int(h.group[row])], row, FinishReason.STOP)
+        h.total[stopped] = -np.inf
+        return stopped
 
     def _send_agreed(self, group: Group, live: Rows) -> None:
         """Reports the tokens on which every hypothesis that may still win agrees: the live ones and the best finished one."""

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+MAX_STOP_TOKENS = 16
+"""Stop tokens that one request may have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Violation:
@@ -50,6 +53,35 @@ class Sampling:
     top_k: int = 0
     """0 keeps all tokens."""
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Tokens less probable than this share of the most probable one are dropped (Nguyen et al. 2024)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adjustments:
+    """What changes the model's distribution before a token is chosen, in the order of application.
+
+    Penalties look at the output so far, a forced prefix included; the input counts for none of them. What is forbidden has
+    probability 0, and the other tokens keep theirs.
+    """
+
+    repetition_penalty: float = 1.0
+    """Logits of tokens already written are divided by it when positive, else multiplied (Keskar et al. 2019)."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time it was written."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of every token already written."""
+    token_bias: tuple[tuple[int, float], ...] = ()
+    """(id, what its logit gains)."""
+    no_repeat_ngram: int = 0
+    """No sequence of this many tokens is written twice, unless nothing else is left; 0: no such rule."""
+    suppressed_tokens: tuple[int, ...] = ()
+    """Never written."""
+
+    @property
+    def reweighs(self) -> bool:
+        """Tokens that are not forbidden may change their probability, too."""
+        return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty or self.token_bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +97,11 @@ class Decoding:
     length_penalty: float = 1.0
     patience: float = 1.0
     sampling: Sampling | None = None
+    adjustments: Adjustments = Adjustments()
+    stop_tokens: tuple[int, ...] = ()
+    """Each ends an output as the end-of-text token does."""
+    stop_strings: tuple[str, ...] = ()
+    """An output ends with the token that completes one of them; counted after min_tokens and after a forced prefix."""
 
     @property
     def rows(self) -> int:
@@ -87,6 +124,11 @@ class GenerationRequest:
     stream: bool = False
     """Report tokens as they become final, not only the result."""
 
+    @property
+    def quiet(self) -> int:
+        """Tokens at the beginning of the output among which no stop counts."""
+        return max(self.decoding.min_tokens, len(self.forced))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingRequest:
@@ -98,19 +140,21 @@ class EncodingRequest:
 
 class FinishReason(Enum):
     END_OF_TEXT = "end_of_text"
+    STOP = "stop"
+    """A stop token or a stop string."""
     LENGTH = "length"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hypothesis:
     tokens: tuple[int, ...]
-    """The end-of-text token included, the prompt not; forced tokens included."""
+    """What ended it included (end-of-text or stop token, tokens of a stop string), the prompt not; forced tokens included."""
     log_probabilities: tuple[float, ...]
-    """One for each token."""
+    """One for each token, of the model's own distribution: before adjustments, temperature or anything else."""
     log_probability: float
     """Their sum."""
     score: float
-    """What hypotheses are ranked by: log_probability / len(tokens) ** length_penalty."""
+    """What hypotheses are ranked by: the sum of their adjusted log-probabilities / len(tokens) ** length_penalty."""
     finish_reason: FinishReason
 
 
@@ -178,6 +222,7 @@ class SamplingOptions:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
 
 
@@ -192,3 +237,12 @@ class DecodingOptions:
     min_tokens: int | None = None
     patience: float | None = None
     sampling: SamplingOptions | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    token_bias: tuple[tuple[int, float], ...] = ()
+    no_repeat_ngram: int | None = None
+    suppressed_tokens: tuple[int, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    ignore_end_of_text: bool = False

@@ -39,6 +39,7 @@ def draw(
     temperature: NDArray[np.float64],
     top_k: NDArray[np.int64],
     top_p: NDArray[np.float64],
+    min_p: NDArray[np.float64],
 ) -> Ids:
     """Column [B] of a candidate drawn from each row.
 
@@ -50,15 +51,21 @@ def draw(
         temperature: [B]; divides the log-probabilities.
         top_k: [B]; only the first top_k possible candidates count; 0: all.
         top_p: [B]; only the first candidates that together reach it count.
+        min_p: [B]; only candidates count that have at least this share of the first one's probability.
     """
     possible = np.isfinite(log_probabilities)
     rank = possible.cumsum(axis=1)
     possible &= (top_k[:, None] == 0) | (rank <= top_k[:, None])
     scaled = np.where(possible, log_probabilities.astype(np.float64) / temperature[:, None], -np.inf)
     p = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    p = (p / p.sum(axis=1, keepdims=True)).cumsum(axis=1)
+    p /= p.sum(axis=1, keepdims=True)
+    kept = np.full(len(p), p.shape[1] - 1)
+    if min_p.any():
+        probable = p >= min_p[:, None] * p.max(axis=1, keepdims=True)
+        kept -= probable[:, ::-1].argmax(axis=1)
+    p = p.cumsum(axis=1)
     # The candidate that reaches top_p is still in; what lies behind it is out.
-    kept = np.minimum((p < top_p[:, None]).sum(axis=1), p.shape[1] - 1)
+    kept = np.minimum((p < top_p[:, None]).sum(axis=1), kept)
     reach = np.take_along_axis(p, kept[:, None], axis=1)
     chosen = np.minimum((p <= uniform[:, None] * reach).sum(axis=1), kept)
     # Rounding may leave the last step on a forbidden candidate: fall back to the last possible one.

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from server.requests import (
+    MAX_STOP_TOKENS,
+    Adjustments,
     Decoding,
     DecodingOptions,
     GenerationDefaults,
@@ -23,6 +25,12 @@ T = TypeVar("T")
 _MAX_LENGTH_PENALTY = 10.0
 _MAX_PATIENCE = 10.0
 _TEMPERATURES = (0.01, 100.0)
+_REPETITION_PENALTIES = (0.01, 100.0)
+_PENALTIES = (-2.0, 2.0)
+_BIASES = (-100.0, 100.0)
+_MAX_LISTED_TOKENS = 1024
+_MAX_STOP_STRINGS = 16
+_MAX_STOP_BYTES = 256
 
 
 class Complaints:
@@ -87,7 +95,14 @@ def check_ids(ids: Sequence[int], longest: int, vocab_size: int, where: str, com
 
 
 def check_decoding(
-    options: DecodingOptions, limits: Limits, defaults: GenerationDefaults, complaints: Complaints, *, random_seed: int
+    options: DecodingOptions,
+    limits: Limits,
+    defaults: GenerationDefaults,
+    complaints: Complaints,
+    *,
+    vocab_size: int,
+    end_token: int,
+    random_seed: int,
 ) -> Decoding:
     """Turns a caller's options into a Decoding; the engine can trust it once ``complaints`` are closed.
 
@@ -105,16 +120,68 @@ def check_decoding(
     max_tokens = _given(options.max_tokens, min(defaults.max_tokens, limits.max_output_tokens))
     max_tokens = complaints.whole("options.max_tokens", max_tokens, 1, limits.max_output_tokens)
     max_hypotheses = limits.max_beams if sampling else beams
+    min_tokens = complaints.whole("options.min_tokens", _given(options.min_tokens, 0), 0, max_tokens)
     length_penalty = _given(options.length_penalty, defaults.length_penalty)
+    _check_listed("options.stop_tokens", options.stop_tokens, MAX_STOP_TOKENS, vocab_size, complaints)
+    _check_stop_strings(options.stop_strings, complaints)
+    adjustments = _check_adjustments(options, limits, vocab_size, end_token, complaints)
+    may_not_come = {*adjustments.suppressed_tokens, *((end_token, *options.stop_tokens) if min_tokens else ())}
+    if len(may_not_come) >= vocab_size:
+        complaints.refuse("options.suppressed_tokens", "with min_tokens and stop_tokens, leave no token to choose")
     return Decoding(
         max_tokens=max_tokens,
-        min_tokens=complaints.whole("options.min_tokens", _given(options.min_tokens, 0), 0, max_tokens),
+        min_tokens=min_tokens,
         beams=beams,
         hypotheses=complaints.whole("options.hypotheses", _given(options.hypotheses, 1), 1, max_hypotheses),
         length_penalty=complaints.real("options.length_penalty", length_penalty, 0.0, _MAX_LENGTH_PENALTY),
         patience=complaints.real("options.patience", _given(options.patience, 1.0), 0.0, _MAX_PATIENCE, above=True),
         sampling=sampling,
+        adjustments=adjustments,
+        stop_tokens=tuple(dict.fromkeys(options.stop_tokens)),
+        stop_strings=tuple(dict.fromkeys(options.stop_strings)),
     )
+
+
+def _check_adjustments(
+    options: DecodingOptions, limits: Limits, vocab_size: int, end_token: int, complaints: Complaints
+) -> Adjustments:
+    suppressed = options.suppressed_tokens
+    _check_listed("options.suppressed_tokens", suppressed, _MAX_LISTED_TOKENS, vocab_size, complaints)
+    biased = [token for token, _ in options.token_bias]
+    _check_listed("options.token_bias", biased, _MAX_LISTED_TOKENS, vocab_size, complaints)
+    if len(set(biased)) < len(biased):
+        complaints.refuse("options.token_bias", "must name each token once")
+    for place, (_, bias) in enumerate(options.token_bias[:_MAX_LISTED_TOKENS]):
+        complaints.real(f"options.token_bias[{place}].bias", bias, *_BIASES)
+    repetition = _given(options.repetition_penalty, 1.0)
+    ngram = _given(options.no_repeat_ngram, 0)
+    return Adjustments(
+        repetition_penalty=complaints.real("options.repetition_penalty", repetition, *_REPETITION_PENALTIES),
+        frequency_penalty=complaints.real("options.frequency_penalty", _given(options.frequency_penalty, 0.0), *_PENALTIES),
+        presence_penalty=complaints.real("options.presence_penalty", _given(options.presence_penalty, 0.0), *_PENALTIES),
+        token_bias=options.token_bias,
+        no_repeat_ngram=complaints.whole("options.no_repeat_ngram", ngram, 0, limits.max_output_tokens),
+        suppressed_tokens=tuple(dict.fromkeys((*suppressed, *((end_token,) if options.ignore_end_of_text else ())))),
+    )
+
+
+def _check_listed(where: str, ids: Sequence[int], most: int, vocab_size: int, complaints: Complaints) -> None:
+    if ids:
+        check_ids(ids, most, vocab_size, where, complaints)
+
+
+def _check_stop_strings(stops: Sequence[str], complaints: Complaints) -> None:
+    if len(stops) > _MAX_STOP_STRINGS:
+        complaints.refuse("options.stop_strings", f"has {len(stops)} elements, more than the limit of {_MAX_STOP_STRINGS}")
+        return
+    for place, stop in enumerate(stops):
+        where = f"options.stop_strings[{place}]"
+        if not stop:
+            complaints.refuse(where, "must not be empty")
+        elif (size := len(stop.encode("utf-8", errors="surrogatepass"))) > _MAX_STOP_BYTES:
+            complaints.refuse(where, f"has {size} bytes, more than the limit of {_MAX_STOP_BYTES}")
+        elif "\0" in stop or "\ufffd" in stop:
+            complaints.refuse(where, "must not contain NUL or U+FFFD")
 
 
 def _check_sampling(options: SamplingOptions, complaints: Complaints, random_seed: int) -> Sampling:
@@ -124,6 +191,7 @@ def _check_sampling(options: SamplingOptions, complaints: Complaints, random_see
         temperature=complaints.real(f"{where}.temperature", _given(options.temperature, 1.0), *_TEMPERATURES),
         top_k=complaints.whole(f"{where}.top_k", _given(options.top_k, 0), 0, 2**31 - 1),
         top_p=complaints.real(f"{where}.top_p", _given(options.top_p, 1.0), 0.0, 1.0, above=True),
+        min_p=complaints.real(f"{where}.min_p", _given(options.min_p, 0.0), 0.0, 1.0),
     )
 
 

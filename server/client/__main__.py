@@ -29,7 +29,36 @@ LengthPenalty = Annotated[float | None, typer.Option(help="Exponent of the lengt
 Temperature = Annotated[float | None, typer.Option(help="Draw at random, logits divided by this.", show_default=False)]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.", show_default=False)]
 TopP = Annotated[float | None, typer.Option(help="Draw from the tokens that hold this probability.", show_default=False)]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Draw from tokens of this share of the best one's probability.", show_default=False),
+]
 Seed = Annotated[int | None, typer.Option(help="Draw with this seed.", show_default=False)]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1, tokens already written become rarer.", show_default="1")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="Taken from a token's logit each time it was written.", show_default="0")
+]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Taken once from the logit of a token already written.", show_default="0")
+]
+NoRepeatNgram = Annotated[
+    int | None, typer.Option(help="No sequence of this many tokens comes twice.", show_default="0, all may")
+]
+TokenBias = Annotated[
+    list[str], typer.Option(help="Adds to the logit of a token; may be repeated.", metavar="ID=BIAS", show_default=False)
+]
+Suppress = Annotated[
+    list[int], typer.Option(help="A token that is never written; may be repeated.", metavar="ID", show_default=False)
+]
+StopToken = Annotated[
+    list[int], typer.Option(help="A token that ends the output; may be repeated.", metavar="ID", show_default=False)
+]
+Stop = Annotated[
+    list[str], typer.Option(help="A string before which the output ends; may be repeated.", metavar="TEXT", show_default=False)
+]
+IgnoreEndOfText = Annotated[bool, typer.Option("--ignore-end-of-text", help="Go on to a stop or to the longest output.")]
 Prefix = Annotated[str, typer.Option(help="What every output must begin with.", show_default=False)]
 
 
@@ -76,7 +105,17 @@ def generate(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
     seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    no_repeat_ngram: NoRepeatNgram = None,
+    token_bias: TokenBias = [],  # noqa: B006 (typer's way to say that there may be none)
+    suppress: Suppress = [],  # noqa: B006
+    stop_token: StopToken = [],  # noqa: B006
+    stop: Stop = [],  # noqa: B006
+    ignore_end_of_text: IgnoreEndOfText = False,
     prefix: Prefix = "",
     json: Json = False,
 ) -> None:
@@ -87,7 +126,16 @@ def generate(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         length_penalty=length_penalty,
-        sampling=_sampling(temperature, top_k, top_p, seed),
+        sampling=_sampling(temperature, top_k, top_p, min_p, seed),
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        no_repeat_ngram=no_repeat_ngram,
+        token_bias=_biases(token_bias),
+        suppressed_tokens=suppress,
+        stop_tokens=stop_token,
+        stop_strings=stop,
+        ignore_end_of_text=ignore_end_of_text or None,
     )
     with _client(context) as client:
         results = client.generate(texts, options, target_prefix=prefix, return_tokens=json)
@@ -105,7 +153,17 @@ def stream(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
     seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    no_repeat_ngram: NoRepeatNgram = None,
+    token_bias: TokenBias = [],  # noqa: B006 (typer's way to say that there may be none)
+    suppress: Suppress = [],  # noqa: B006
+    stop_token: StopToken = [],  # noqa: B006
+    stop: Stop = [],  # noqa: B006
+    ignore_end_of_text: IgnoreEndOfText = False,
     prefix: Prefix = "",
     json: Json = False,
 ) -> None:
@@ -115,7 +173,16 @@ def stream(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         length_penalty=length_penalty,
-        sampling=_sampling(temperature, top_k, top_p, seed),
+        sampling=_sampling(temperature, top_k, top_p, min_p, seed),
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        no_repeat_ngram=no_repeat_ngram,
+        token_bias=_biases(token_bias),
+        suppressed_tokens=suppress,
+        stop_tokens=stop_token,
+        stop_strings=stop,
+        ignore_end_of_text=ignore_end_of_text or None,
     )
     with _client(context) as client:
         for event in client.stream([text], options, target_prefix=prefix, return_tokens=json):
@@ -193,10 +260,19 @@ def _client(context: typer.Context) -> AbstractContextManager[SyncTransformerCli
     return connection.open()
 
 
-def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:
-    """Any of the four asks for sampling."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
+) -> Sampling | None:
+    """Any of the five asks for sampling."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     return None if sampling == Sampling() else sampling
+
+
+def _biases(written: list[str]) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in (one.split("=") for one in written)}
+    except ValueError:
+        raise typer.BadParameter("must be ID=BIAS, as in 17=-2.5", param_hint="--token-bias") from None
 
 
 if __name__ == "__main__":

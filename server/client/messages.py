@@ -29,7 +29,13 @@ from server.client.types import (
 
 T = TypeVar("T")
 
-_FINISH_REASONS = {pb.FINISH_REASON_END_OF_TEXT: "end_of_text", pb.FINISH_REASON_LENGTH: "length"}
+_DEFAULTS = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "patience")
+"""The options of which a model tells what absent ones become."""
+_FINISH_REASONS = {
+    pb.FINISH_REASON_END_OF_TEXT: "end_of_text",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_STOP: "stop",
+}
 
 
 # What is sent
@@ -93,11 +99,14 @@ def _text(value: str, where: str) -> str:
 
 
 def _options(options: Options) -> pb.GenerationOptions:
-    values = {name: getattr(options, name) for name in Options.__slots__ if name != "sampling"}
+    values = {name: getattr(options, name) for name in Options.__slots__ if name not in ("sampling", "token_bias")}
     sampling = options.sampling
+    for place, stop in enumerate(_several(options.stop_strings, "options.stop_strings")):
+        _text(stop, f"options.stop_strings[{place}]")
     try:
         return pb.GenerationOptions(
             **values,
+            token_bias=[pb.TokenBias(id=token, bias=bias) for token, bias in (options.token_bias or {}).items()],
             sampling=pb.Sampling(**{name: getattr(sampling, name) for name in Sampling.__slots__}) if sampling else None,
         )
     except ValueError as error:  # a negative count, for example
@@ -168,9 +177,7 @@ def model_info(message: pb.Model) -> ModelInfo:
         fingerprint=message.fingerprint,
         parameters=message.parameters,
         limits=ModelLimits(**{name: getattr(limits, name) for name in ModelLimits.__slots__}),
-        default_options=Options(
-            **{name: getattr(defaults, name) for name in Options.__slots__ if name != "sampling" and defaults.HasField(name)}
-        ),
+        default_options=Options(**{name: getattr(defaults, name) for name in _DEFAULTS if defaults.HasField(name)}),
         labels=tuple(message.labels),
         parity_certificate=message.parity_certificate,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Input = str | Sequence[int]
@@ -17,12 +17,13 @@ class Sampling:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How tokens are chosen; None takes the model's default."""
+    """How tokens are chosen; None takes the model's default. ``protos/transformer.proto`` says in which order they apply."""
 
     beams: int | None = None
     hypotheses: int | None = None
@@ -31,6 +32,17 @@ class Options:
     min_tokens: int | None = None
     patience: float | None = None
     sampling: Sampling | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    token_bias: Mapping[int, float] | None = None
+    """What is added to the logits of single tokens."""
+    no_repeat_ngram: int | None = None
+    suppressed_tokens: Sequence[int] = ()
+    stop_tokens: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
+    """The text ends before the first of them."""
+    ignore_end_of_text: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +55,11 @@ class Token:
 class Hypothesis:
     text: str
     log_probability: float
-    """Of the whole output, its end included."""
+    """Of the whole output, its end included, in the model's own distribution."""
     score: float
     """What hypotheses are ranked by."""
     finish_reason: str
-    """"end_of_text" or "length"."""
+    """"end_of_text", "stop" or "length"."""
     token_count: int
     tokens: tuple[Token, ...]
     """Empty unless asked for."""

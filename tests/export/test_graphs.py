@@ -81,9 +81,9 @@ def test_caches_hold_the_keys_and_values_of_the_reference(name: str) -> None:
     graphs.forced(inputs, targets)
     for row, (input_ids, target) in enumerate(zip(inputs, targets, strict=True)):
         decoder = Incremental(tiny.model(config), input_ids)
-        decoder.start()
+        decoder.start_logits()
         for token in target[:-1]:
-            decoder.step([0], [token])
+            decoder.step_logits([0], [token])
         assert decoder.cache is not None
         wanted = torch.stack([tensor[0] for pair in decoder.cache for tensor in pair]).numpy()
         np.testing.assert_allclose(graphs.self_caches[:, row, :, : wanted.shape[2]], wanted, atol=MOST)

@@ -126,13 +126,13 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[tuple[int, 
         def __init__(self, follows: Callable[[tuple[int, ...]], Distribution], input_ids: Sequence[int]) -> None:
             self.follows, self.written = follows, [()]
 
-        def start(self) -> Tensor:
+        def start_logits(self) -> Tensor:
             p = [[self.follows(tokens).get(token, 0.0) for token in range(6)] for tokens in self.written]
             return torch.tensor(p).log()
 
-        def step(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        def step_logits(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
             self.written = [(*self.written[parent], token) for parent, token in zip(parents, tokens, strict=True)]
-            return self.start()
+            return self.start_logits()
 
     monkeypatch.setattr(decode, "Incremental", Scripted)
     return lambda follows: follows  # type: ignore[return-value]

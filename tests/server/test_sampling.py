@@ -15,7 +15,7 @@ from server.sampling import draw, forbid, most_probable, uniform_draws
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 
 
-def plain_draw(log_p: list[float], uniform: float, temperature: float, top_k: int, top_p: float) -> list[int]:
+def plain_draw(log_p: list[float], uniform: float, temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
     """The columns that a draw may give: more than one where rounding decides."""
     columns = [i for i, value in enumerate(log_p) if value > -math.inf][: top_k or None]
     weights = [math.exp((log_p[i] - log_p[columns[0]]) / temperature) for i in columns]
@@ -25,6 +25,8 @@ def plain_draw(log_p: list[float], uniform: float, temperature: float, top_k: in
         mass += weight / whole
         if mass >= top_p:
             break
+    while nucleus[-1][1] < min_p * nucleus[0][1]:
+        mass -= nucleus.pop()[1]
     answers, begin = [], 0.0
     for column, p in nucleus:
         if begin / mass - 1e-9 <= uniform < (begin + p) / mass + 1e-9:
@@ -34,10 +36,11 @@ def plain_draw(log_p: list[float], uniform: float, temperature: float, top_k: in
     return answers or [nucleus[-1][0]]
 
 
-def one_row(log_p: list[float], uniform: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> int:
-    column = draw(
-        np.array([log_p], np.float32), np.array([uniform]), np.array([temperature]), np.array([top_k]), np.array([top_p])
-    )
+def one_row(
+    log_p: list[float], uniform: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> int:
+    settings = (np.array([value]) for value in (uniform, temperature, top_k, top_p, min_p))
+    column = draw(np.array([log_p], np.float32), *settings)
     return int(column[0])
 
 
@@ -50,6 +53,7 @@ rows = st.integers(2, 10).flatmap(
             st.sampled_from([0.01, 0.3, 1.0, 2.5, 100.0]),
             st.sampled_from([0, 1, 2, 5, 50, 2**31 - 1]),
             st.sampled_from([1e-9, 0.013, 0.313, 0.777, 0.999, 1.0]),
+            st.sampled_from([0.0, 0.0, 1e-4, 0.0501, 0.4999, 1.0]),
         ),
         min_size=1,
         max_size=6,
@@ -63,10 +67,10 @@ def test_every_row_is_drawn_as_if_alone(batch: list) -> None:
     for i, (_, forbidden, *_) in enumerate(batch):
         if forbidden is not None:
             log_p[i, forbidden] = -np.inf
-    uniform, temperature, top_k, top_p = (np.array(column) for column in list(zip(*batch, strict=True))[2:])
-    together = draw(log_p, uniform, temperature, top_k, top_p).tolist()
+    uniform, temperature, top_k, top_p, min_p = (np.array(column) for column in list(zip(*batch, strict=True))[2:])
+    together = draw(log_p, uniform, temperature, top_k, top_p, min_p).tolist()
     for i, column in enumerate(together):
-        options = (float(uniform[i]), float(temperature[i]), int(top_k[i]), float(top_p[i]))
+        options = (float(uniform[i]), float(temperature[i]), int(top_k[i]), float(top_p[i]), float(min_p[i]))
         assert column == one_row(log_p[i].tolist(), *options)
         assert column in plain_draw(log_p[i].tolist(), *options)
 
@@ -88,6 +92,9 @@ def test_edges() -> None:
     assert one_row(FALLING, ALMOST_ONE, top_p=1e-12) == 0
     assert one_row(FALLING, ALMOST_ONE, top_p=0.4) in (0, 1)
     assert one_row(FALLING, ALMOST_ONE, top_p=0.41) == 1  # the one that reaches it is in
+    assert one_row(FALLING, ALMOST_ONE, min_p=0.74) == 1
+    assert one_row(FALLING, ALMOST_ONE, min_p=0.76) == 0
+    assert one_row(FALLING, ALMOST_ONE, min_p=0.26, top_p=0.65) == 1
     assert one_row(FALLING, 0.999, temperature=0.01) == 0
     assert one_row(FALLING, 0.51, temperature=1000.0) == 2  # nearly even
     assert one_row([-80.0, -90.0, -200.0], 0.5) == 0  # far down, but the best there is

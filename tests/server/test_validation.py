@@ -6,11 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.requests import Decoding, DecodingOptions, GenerationDefaults, InvalidRequest, Limits, SamplingOptions
+from server.requests import (
+    Adjustments,
+    Decoding,
+    DecodingOptions,
+    GenerationDefaults,
+    InvalidRequest,
+    Limits,
+    SamplingOptions,
+)
 from server.validation import Complaints, check_count, check_decoding, check_ids, check_text, fit_to_context
 
 LIMITS = Limits(max_inputs=3, max_text_bytes=10, max_input_tokens=4, max_output_tokens=20, max_beams=8)
 DEFAULTS = GenerationDefaults(beams=5, length_penalty=0.6, max_tokens=12)
+MODEL = {"vocab_size": 100, "end_token": 2, "random_seed": 7}
 
 
 _FLOATS = st.floats(allow_subnormal=False)  # ONNX Runtime, once loaded by another test, flushes them to zero
@@ -18,13 +27,13 @@ _FLOATS = st.floats(allow_subnormal=False)  # ONNX Runtime, once loaded by anoth
 
 def complaints_about(options: DecodingOptions) -> dict[str, str]:
     complaints = Complaints()
-    check_decoding(options, LIMITS, DEFAULTS, complaints, random_seed=7)
+    check_decoding(options, LIMITS, DEFAULTS, complaints, **MODEL)
     return {violation.field: violation.description for violation in complaints.violations}
 
 
 def accepted(options: DecodingOptions) -> Decoding:
     complaints = Complaints()
-    decoding = check_decoding(options, LIMITS, DEFAULTS, complaints, random_seed=7)
+    decoding = check_decoding(options, LIMITS, DEFAULTS, complaints, **MODEL)
     complaints.close()
     return decoding
 
@@ -36,7 +45,7 @@ def test_absent_options_take_the_models_defaults() -> None:
 def test_a_default_length_beyond_the_limit_is_shortened() -> None:
     complaints = Complaints()
     long = GenerationDefaults(max_tokens=500)
-    assert check_decoding(DecodingOptions(), LIMITS, long, complaints, random_seed=0).max_tokens == 20
+    assert check_decoding(DecodingOptions(), LIMITS, long, complaints, **MODEL).max_tokens == 20
     assert not complaints.violations
 
 
@@ -68,10 +77,61 @@ def test_sampling_needs_one_beam_and_gets_the_random_seed() -> None:
         (DecodingOptions(sampling=SamplingOptions(top_p=1.1)), "options.sampling.top_p"),
         (DecodingOptions(sampling=SamplingOptions(top_k=2**31)), "options.sampling.top_k"),
         (DecodingOptions(sampling=SamplingOptions(), hypotheses=9), "options.hypotheses"),
+        (DecodingOptions(sampling=SamplingOptions(min_p=1.1)), "options.sampling.min_p"),
+        (DecodingOptions(repetition_penalty=0.0), "options.repetition_penalty"),
+        (DecodingOptions(repetition_penalty=math.inf), "options.repetition_penalty"),
+        (DecodingOptions(frequency_penalty=2.1), "options.frequency_penalty"),
+        (DecodingOptions(presence_penalty=-2.1), "options.presence_penalty"),
+        (DecodingOptions(no_repeat_ngram=21), "options.no_repeat_ngram"),
+        (DecodingOptions(token_bias=((100, 1.0),)), "options.token_bias"),
+        (DecodingOptions(token_bias=((7, 1.0), (7, 2.0))), "options.token_bias"),
+        (DecodingOptions(token_bias=((7, 1.0), (8, 100.1))), "options.token_bias[1].bias"),
+        (DecodingOptions(token_bias=tuple((i % 100, 0.0) for i in range(1025))), "options.token_bias"),
+        (DecodingOptions(suppressed_tokens=(5, 100)), "options.suppressed_tokens"),
+        (DecodingOptions(suppressed_tokens=(5,) * 1025), "options.suppressed_tokens"),
+        (DecodingOptions(suppressed_tokens=tuple(range(100))), "options.suppressed_tokens"),
+        (DecodingOptions(suppressed_tokens=(*range(2, 100),), stop_tokens=(0, 1), min_tokens=1), "options.suppressed_tokens"),
+        (DecodingOptions(stop_tokens=(100,)), "options.stop_tokens"),
+        (DecodingOptions(stop_tokens=tuple(range(17))), "options.stop_tokens"),
+        (DecodingOptions(stop_strings=("a", "")), "options.stop_strings[1]"),
+        (DecodingOptions(stop_strings=("é" * 129,)), "options.stop_strings[0]"),
+        (DecodingOptions(stop_strings=("a\0",)), "options.stop_strings[0]"),
+        (DecodingOptions(stop_strings=("\ufffd",)), "options.stop_strings[0]"),
+        (DecodingOptions(stop_strings=("a",) * 17), "options.stop_strings"),
     ],
 )
 def test_an_option_out_of_bounds_is_refused_by_its_own_name_alone(options: DecodingOptions, field: str) -> None:
     assert set(complaints_about(options)) == {field}
+
+
+def test_every_option_reaches_the_engine_without_doubles() -> None:
+    decoding = accepted(
+        DecodingOptions(
+            repetition_penalty=1.5,
+            frequency_penalty=-2.0,
+            presence_penalty=2.0,
+            no_repeat_ngram=3,
+            token_bias=((7, -100.0), (8, 1.5)),
+            suppressed_tokens=(9, 9, 2),
+            ignore_end_of_text=True,
+            stop_tokens=(5, 4, 5),
+            stop_strings=("\n", "é" * 128, "\n"),
+            sampling=SamplingOptions(min_p=0.1),
+            beams=1,
+        )
+    )
+    assert decoding.adjustments == Adjustments(
+        repetition_penalty=1.5,
+        frequency_penalty=-2.0,
+        presence_penalty=2.0,
+        no_repeat_ngram=3,
+        token_bias=((7, -100.0), (8, 1.5)),
+        suppressed_tokens=(9, 2),
+    )
+    assert (decoding.stop_tokens, decoding.stop_strings) == ((5, 4), ("\n", "é" * 128))
+    assert decoding.sampling is not None
+    assert decoding.sampling.min_p == 0.1
+    assert accepted(DecodingOptions(ignore_end_of_text=True)).adjustments.suppressed_tokens == (2,)
 
 
 def test_all_wrong_options_are_named_at_once_with_their_limits() -> None:

@@ -1,0 +1,107 @@
+"""Penalties, bias and forbidden tokens of every row at once; only what has been written is touched, not the vocabulary.
+
+Order: repetition, frequency, presence, bias; then log-softmax; then suppressed tokens, and n-grams that would repeat.
+
+Shapes: B rows, T longest output, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.requests import Adjustments
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+Numbers = NDArray[np.int32]
+
+
+class AdjustmentTable:
+    """The adjustments of the live requests: arrays of one entry per group number, lists where their lengths differ."""
+
+    def __init__(self, capacity: int) -> None:
+        self._repetition = np.ones(capacity, np.float32)
+        self._frequency = np.zeros(capacity, np.float32)
+        self._presence = np.zeros(capacity, np.float32)
+        self._ngram = np.zeros(capacity, np.int32)
+        self._reweighs = np.zeros(capacity, bool)
+        self._bias: dict[int, tuple[Ids, Floats]] = {}
+        self._suppressed: dict[int, Ids] = {}
+
+    def add(self, number: int, adjustments: Adjustments) -> None:
+        self._repetition[number] = adjustments.repetition_penalty
+        self._frequency[number] = adjustments.frequency_penalty
+        self._presence[number] = adjustments.presence_penalty
+        self._ngram[number] = adjustments.no_repeat_ngram
+        self._reweighs[number] = adjustments.reweighs
+        if adjustments.token_bias:
+            ids, values = zip(*adjustments.token_bias, strict=True)
+            self._bias[number] = np.array(ids, np.int64), np.array(values, np.float32)
+        if adjustments.suppressed_tokens:
+            self._suppressed[number] = np.array(adjustments.suppressed_tokens, np.int64)
+
+    def remove(self, number: int) -> None:
+        self._bias.pop(number, None)
+        self._suppressed.pop(number, None)
+
+    def reweigh(self, log_p: Floats, group: Numbers, tokens: Numbers, length: Numbers, logits: Floats) -> None:
+        """Replaces ``log_p`` [B, V] by the log-softmax of the adjusted ``logits`` [B, V] where a request changes them.
+
+        Args:
+            group: [B]. tokens: [B, T] written so far. length: [B].
+        """
+        chosen = np.flatnonzero(self._reweighs[group])
+        if not len(chosen):
+            return
+        group, adjusted = group[chosen], logits[chosen]
+        row, token, count = written_counts(tokens[chosen], length[chosen], logits.shape[1])
+        value, own = adjusted[row, token], group[row]
+        penalty = self._repetition[own]
+        value = np.where(value > 0, value / penalty, value * penalty)
+        adjusted[row, token] = value - self._frequency[own] * count - self._presence[own]
+        for number in self._bias.keys() & set(group.tolist()):
+            ids, gain = self._bias[number]
+            adjusted[np.ix_(np.flatnonzero(group == number), ids)] += gain
+        adjusted -= adjusted.max(axis=1, keepdims=True)
+        log_p[chosen] = adjusted - np.log(np.exp(adjusted).sum(axis=1, keepdims=True))
+
+    def suppress(self, log_p: Floats, group: Numbers) -> None:
+        """Makes -inf of what a row's request [B] suppresses."""
+        for number in self._suppressed.keys() & set(group.tolist()):
+            log_p[np.ix_(np.flatnonzero(group == number), self._suppressed[number])] = -np.inf
+
+    def forbid_repeats(self, log_p: Floats, group: Numbers, tokens: Numbers, length: Numbers) -> None:
+        """Makes -inf of tokens that would repeat an n-gram; not in a row where nothing else is left. Comes last."""
+        sizes = self._ngram[group]
+        for size in np.unique(sizes[sizes > 0]).tolist():
+            chosen = np.flatnonzero(sizes == size)
+            row, token = repeating_tokens(tokens[chosen], length[chosen], size)
+            row = chosen[row]
+            before = log_p[row, token]
+            log_p[row, token] = -np.inf
+            stuck = log_p[row].max(axis=1, initial=-np.inf) == -np.inf
+            log_p[row[stuck], token[stuck]] = before[stuck]
+
+
+def written_counts(tokens: Numbers, length: Numbers, vocab_size: int) -> tuple[Ids, Ids, Ids]:
+    """How often each row [B] has written what: flat arrays of row, token and count, each pair once."""
+    longest = int(length.max(initial=0))
+    row, place = np.nonzero(np.arange(longest) < length[:, None])
+    key, count = np.unique(row * vocab_size + tokens[row, place], return_counts=True)
+    return key // vocab_size, key % vocab_size, count
+
+
+def repeating_tokens(tokens: Numbers, length: Numbers, size: int) -> tuple[Ids, Ids]:
+    """The tokens with which a row [B] would write a sequence of ``size`` tokens again: flat arrays of row and token."""
+    rows, longest = len(tokens), int(length.max(initial=0))
+    starts = longest - size + 1
+    if starts <= 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    # A row shorter than size - 1 has no starts below, so what its (negative) indices read does not matter.
+    last = tokens[np.arange(rows)[:, None], length[:, None] - (size - 1) + np.arange(size - 1)]  # [B, size - 1]
+    repeats = np.arange(starts) + size <= length[:, None]  # [B, starts]: begins a sequence that has been written
+    for i in range(size - 1):
+        repeats &= tokens[:, i : i + starts] == last[:, i : i + 1]
+    row, start = np.nonzero(repeats)
+    return row, tokens[row, start + size - 1].astype(np.int64)

@@ -1,0 +1,67 @@
+"""Adjusted distributions of all rows at once, against the reference decoder's rules for one hypothesis."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.decoding_rules import Rules
+from server.penalties import AdjustmentTable
+from server.requests import Adjustments
+
+V = 7
+TOKENS = st.integers(0, V - 1)
+
+
+@st.composite
+def requests(draw) -> Adjustments:
+    return Adjustments(
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.5, 2.0])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.0, -1.0, 0.7])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, -1.0, 0.7])),
+        token_bias=tuple(draw(st.dictionaries(TOKENS, st.sampled_from([-3.0, 2.5]), max_size=2)).items()),
+        no_repeat_ngram=draw(st.sampled_from([0, 1, 2, 3, 9])),
+        suppressed_tokens=tuple(draw(st.sets(TOKENS, max_size=V - 1))),
+    )
+
+
+ROWS = st.lists(
+    st.tuples(st.integers(0, 2), st.lists(TOKENS, max_size=12), st.lists(st.floats(-4, 4, width=32), min_size=V, max_size=V)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(st.lists(requests(), min_size=3, max_size=3), ROWS)
+def test_every_row_is_adjusted_as_if_alone(asked: list[Adjustments], rows: list) -> None:
+    table = AdjustmentTable(8)
+    for number in (0, 1, 2):  # a request that is gone leaves nothing to the next one of its number
+        table.add(number, Adjustments(token_bias=((0, 9.0),), suppressed_tokens=(1,), repetition_penalty=9.0))
+        table.remove(number)
+    for number, adjustments in enumerate(asked):
+        table.add(number, adjustments)
+    group = np.array([number for number, *_ in rows], np.int32)
+    length = np.array([len(written) for _, written, _ in rows], np.int32)
+    tokens = np.full((len(rows), int(length.max())), 5, np.int32)  # what lies behind a row's end must not matter
+    for row, (_, written, _) in enumerate(rows):
+        tokens[row, : len(written)] = written
+    logits = np.array([values for *_, values in rows], np.float32)
+    adjusted = np.log(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
+    table.reweigh(adjusted, group, tokens, length, logits)
+    table.suppress(adjusted, group)
+    table.forbid_repeats(adjusted, group, tokens, length)
+    for found, (number, written, values) in zip(adjusted, rows, strict=True):
+        a = asked[number]
+        rules = Rules(
+            repetition_penalty=a.repetition_penalty,
+            frequency_penalty=a.frequency_penalty,
+            presence_penalty=a.presence_penalty,
+            token_bias=dict(a.token_bias),
+            no_repeat_ngram=a.no_repeat_ngram,
+            suppressed_tokens=a.suppressed_tokens,
+        )
+        _, wanted = rules.distributions(torch.tensor(values), written)
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
+        assert np.isfinite(found).any()
