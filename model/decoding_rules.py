@@ -28,6 +28,8 @@ class Rules:
     end: int = 2
     prefix: Sequence[int] = ()
     """Every output begins with these tokens."""
+    alternative: int | None = None
+    """The token after the prefix is not chosen but this one of the possible ones, by falling probability; 0 is the best."""
     min_tokens: int = 0
     """Fewest tokens before one that ends the text."""
     repetition_penalty: float = 1.0
@@ -72,6 +74,11 @@ class Rules:
             forbidden |= repeating
         for token in forbidden:
             adjusted[token] = -math.inf
+        if self.alternative is not None and len(written) == len(self.prefix):
+            token = int(adjusted.sort(descending=True, stable=True).indices[self.alternative])
+            only = full_like(adjusted, -math.inf)
+            only[token] = adjusted[token]
+            return own, only
         return own, adjusted
 
     def _repeating(self, written: Sequence[int]) -> set[int]:

@@ -33,7 +33,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerationOptions(_message.Message):
-    __slots__ = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "sampling", "patience", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram", "token_bias", "suppressed_tokens", "stop_tokens", "stop_strings", "ignore_end_of_text")
+    __slots__ = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "sampling", "patience", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram", "token_bias", "suppressed_tokens", "stop_tokens", "stop_strings", "ignore_end_of_text", "alternatives")
     BEAMS_FIELD_NUMBER: _ClassVar[int]
     HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class GenerationOptions(_message.Message):
     STOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_END_OF_TEXT_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
     beams: int
     hypotheses: int
     length_penalty: float
@@ -66,7 +67,8 @@ class GenerationOptions(_message.Message):
     stop_tokens: _containers.RepeatedScalarFieldContainer[int]
     stop_strings: _containers.RepeatedScalarFieldContainer[str]
     ignore_end_of_text: bool
-    def __init__(self, beams: _Optional[int] = ..., hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., no_repeat_ngram: _Optional[int] = ..., token_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., suppressed_tokens: _Optional[_Iterable[int]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_end_of_text: _Optional[bool] = ...) -> None: ...
+    alternatives: int
+    def __init__(self, beams: _Optional[int] = ..., hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., no_repeat_ngram: _Optional[int] = ..., token_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., suppressed_tokens: _Optional[_Iterable[int]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_end_of_text: _Optional[bool] = ..., alternatives: _Optional[int] = ...) -> None: ...
 
 class TokenBias(_message.Message):
     __slots__ = ("id", "bias")

@@ -69,6 +69,7 @@ def decoding_options(message: pb.GenerationOptions) -> DecodingOptions:
         stop_tokens=tuple(message.stop_tokens),
         stop_strings=tuple(message.stop_strings),
         ignore_end_of_text=message.ignore_end_of_text,
+        alternatives=message.alternatives if message.HasField("alternatives") else None,
     )
 
 
@@ -184,7 +185,7 @@ class StreamedInput:
         self._tokenizer = tokenizer
         self._return_tokens = return_tokens
         # Under beam search only the prefix on which all hypotheses agree is streamed: it is the best one's.
-        streamed = request.decoding.hypotheses if request.decoding.sampling else 1
+        streamed = request.decoding.alternatives or (request.decoding.hypotheses if request.decoding.sampling else 1)
         self._texts = [_text_stream(request, tokenizer) for _ in range(streamed)]
         self._sent = [0] * streamed
 

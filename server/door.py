@@ -72,6 +72,10 @@ class Door:
         forced = tuple(self._tokenizer.encode_text(target_prefix)) if target_prefix else ()
         if len(forced) >= decoding.max_tokens:
             complaints.refuse("target_prefix", f"has {len(forced)} tokens, too many for a max_tokens of {decoding.max_tokens}")
+        # What may not be the next token: what is suppressed, what would end the text, and after a prefix any n-gram's last one.
+        excluded = len(decoding.adjustments.suppressed_tokens) + len(decoding.stop_tokens) + 1 + len(forced)
+        if decoding.alternatives > self._model.vocab_size - excluded:
+            complaints.refuse("options.alternatives", "leave too few tokens to choose from")
         requests = []
         for position, (one, ids) in enumerate(zip(named, all_ids, strict=True)):
             check_ids(ids, self._limits.max_input_tokens, self._model.vocab_size, one.field, complaints)

@@ -102,9 +102,9 @@ class Engine:
             self._prefill = None
             return
         group = self.groups.of_request(request_id)
-        if group is not None:
-            self._leave(self._rows_of(group))
-            self.groups.remove(group)
+        for one in list(group.family.live) if group else ():
+            self._leave(self._rows_of(one))
+            self.groups.remove(one)
 
     def step(self) -> tuple[list[Addressed], StepStats]:
         """One iteration; call it while ``has_work``."""
@@ -177,7 +177,12 @@ class Engine:
         return joined
 
     def _start(self, request: GenerationRequest, rows: Rows, token: int, position: int) -> None:
-        group = self.groups.add(request)
+        groups = self.groups.add(request)
+        for group, own in zip(groups, np.split(rows, len(groups)), strict=True):
+            self._start_group(group, own, token, position)
+
+    def _start_group(self, group: Group, rows: Rows, token: int, position: int) -> None:
+        request = group.request
         h = self.hypotheses
         h.next_token[rows], h.position[rows] = token, position
         h.group[rows], h.member[rows] = group.number, np.arange(len(rows))
@@ -191,7 +196,7 @@ class Engine:
         if sampling := request.decoding.sampling:
             for sample, row in enumerate(rows.tolist()):
                 count = request.decoding.max_tokens
-                h.draws[row, :count] = uniform_draws(sampling, sample, count)
+                h.draws[row, :count] = uniform_draws(sampling, group.alternative + sample, count)
 
     # Decoding
 

@@ -18,12 +18,24 @@ MAX_CANDIDATES = 64
 
 
 @dataclass(slots=True)
+class Family:
+    """The groups of one request: one, or one for each alternative."""
+
+    live: list[Group] = field(default_factory=list)
+    results: dict[int, Hypothesis] = field(default_factory=dict)
+    """The best hypothesis of each alternative that has ended."""
+
+
+@dataclass(slots=True)
 class Group:
-    """One live request."""
+    """One live request, or one of its alternatives."""
 
     number: int
     request: GenerationRequest
     live_rows: int
+    family: Family
+    alternative: int = 0
+    """Which of the best tokens its hypotheses begin with, after the forced prefix."""
     finished: dict[int, Hypothesis] = field(default_factory=dict)
     """By sample; under beam search, by order of finishing."""
     sent: int = 0
@@ -39,7 +51,7 @@ class Group:
     def is_plain(self) -> bool:
         """Greedy or beam search, and nothing else to look after at each step than a least length."""
         decoding = self.request.decoding
-        special = decoding.sampling or self.request.forced or self.request.stream
+        special = decoding.sampling or self.request.forced or self.request.stream or decoding.alternatives
         return not (special or self.is_adjusted or decoding.stop_tokens or decoding.stop_strings)
 
     @property
@@ -86,10 +98,12 @@ def _candidates(decoding: Decoding) -> int:
     """How many candidates of each row a step must bring back for such a request."""
     spare = 1 if decoding.min_tokens else 0  # the forbidden end-of-text token may take a place
     if decoding.beams > 1:
-        return 2 * decoding.beams + spare
-    if decoding.sampling and 0 < decoding.sampling.top_k < MAX_CANDIDATES:
-        return decoding.sampling.top_k + spare
-    return 1 + spare
+        usual = 2 * decoding.beams
+    elif decoding.sampling and 0 < decoding.sampling.top_k < MAX_CANDIDATES:
+        usual = decoding.sampling.top_k
+    else:
+        usual = 1
+    return max(usual, decoding.alternatives) + spare
 
 
 class GroupTable:
@@ -110,6 +124,8 @@ class GroupTable:
         self.forced_only = np.zeros(capacity, bool)
         self.is_adjusted = np.zeros(capacity, bool)
         self.has_stop_strings = np.zeros(capacity, bool)
+        self.alternative = np.full(capacity, -1, np.int64)
+        """Which of the best tokens follows the forced prefix; -1: none in particular."""
         self.stop_tokens = np.full((capacity, MAX_STOP_TOKENS), -1, np.int64)
         self.adjustments = AdjustmentTable(capacity)
         self.needs_all_logits = np.zeros(capacity, bool)
@@ -132,13 +148,16 @@ class GroupTable:
         self._most_candidates: int | None = None
         self.adjusted = 0
         """How many groups choose from an adjusted distribution, ..."""
+        self.with_alternatives = 0
+        """... are alternatives, ..."""
         self.with_stop_tokens = 0
         """... end at stop tokens, ..."""
         self.with_stop_strings = 0
         """... or at stop strings."""
 
     def __len__(self) -> int:
-        return len(self._by_number)
+        """Live requests."""
+        return len(self._by_request)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(list(self._by_number.values()))
@@ -174,12 +193,21 @@ class GroupTable:
         return self._by_number[number]
 
     def of_request(self, request_id: str) -> Group | None:
+        """Of alternatives, any one."""
         return self._by_request.get(request_id)
 
-    def add(self, request: GenerationRequest) -> Group:
+    def add(self, request: GenerationRequest) -> list[Group]:
+        """Its groups: one, or one for each alternative."""
+        family = Family()
+        return [self._add(request, family, i) for i in range(max(1, request.decoding.alternatives))]
+
+    def _add(self, request: GenerationRequest, family: Family, alternative: int) -> Group:
         number = self._free.pop()
         decoding = request.decoding
-        group = self._by_number[number] = self._by_request[request.id] = Group(number, request, decoding.rows)
+        rows = decoding.rows // max(1, decoding.alternatives)
+        group = self._by_number[number] = self._by_request[request.id] = Group(number, request, rows, family, alternative)
+        family.live.append(group)
+        self.alternative[number] = alternative if decoding.alternatives else -1
         sampling = decoding.sampling
         self.is_beam[number] = group.is_beam
         self.is_sampled[number] = sampling is not None
@@ -206,7 +234,10 @@ class GroupTable:
         return group
 
     def remove(self, group: Group) -> None:
-        del self._by_number[group.number], self._by_request[group.request.id]
+        del self._by_number[group.number]
+        group.family.live.remove(group)
+        if not group.family.live:
+            del self._by_request[group.request.id]
         self._count(group, -1)
         self.adjustments.remove(group.number)
         self._free.append(group.number)
@@ -222,6 +253,7 @@ class GroupTable:
         self._greedy += change * (not group.is_beam)
         self._with_min_tokens += change * (decoding.min_tokens > 0)
         self.adjusted += change * group.is_adjusted
+        self.with_alternatives += change * (decoding.alternatives > 0)
         self.with_stop_tokens += change * bool(decoding.stop_tokens)
         self.with_stop_strings += change * bool(decoding.stop_strings)
         self._most_candidates = None

@@ -16,7 +16,7 @@ from server.groups import Group, GroupTable
 from server.hypotheses import Hypotheses
 from server.kv_cache import Rows
 from server.requests import Event, Failed, Failure, Finished, FinishReason, TokensReady
-from server.sampling import draw, forbid, most_probable
+from server.sampling import draw, forbid, most_probable, nth_possible
 from server.sequence_model import Candidates, SequenceModel
 
 
@@ -66,10 +66,13 @@ class NextTokens:
             adjusted = np.flatnonzero(groups.is_adjusted[group] & ~forced & ~broken)
             if len(adjusted):
                 ids, log_p = self._adjusted.read(adjusted, Candidates(ids, log_p), top)
-        beam = groups.is_beam[group] & ~forced & ~broken
+        choosing = np.zeros(n, bool)
+        if groups.with_alternatives:
+            choosing = (groups.alternative[group] >= 0) & (length == groups.forced_length[group])
+        beam = groups.is_beam[group] & ~forced & ~choosing & ~broken
         single = ~beam & ~broken
         if single.any():
-            leaving.append(self._write_single(np.flatnonzero(single), ids, log_p, top, forced))
+            leaving.append(self._write_single(np.flatnonzero(single), ids, log_p, top, forced, choosing))
         if beam.any():
             numbers = groups.beam_numbers
             leaving.append(self._write_beams(numbers[beam[groups.rows[numbers, 0]]], ids, log_p))
@@ -94,13 +97,17 @@ class NextTokens:
         log_p: NDArray[np.float32],
         top: NDArray[np.float32],
         forced: NDArray[np.bool_],
+        choosing: NDArray[np.bool_],
     ) -> Rows:
-        """Greedy, sampled and forced rows: each writes one token. Returns the rows that ended."""
+        """Greedy, sampled and forced rows, and alternatives where they part, write one token. Returns the rows that ended."""
         h, groups = self.hypotheses, self.groups
         column = most_probable(ids, log_p)
+        if groups.with_alternatives:
+            parting = np.flatnonzero(choosing)
+            column[parting] = nth_possible(log_p[parting], groups.alternative[h.group[parting]])
         tokens = np.take_along_axis(ids, column[:, None], axis=1)[:, 0]
         scores = np.take_along_axis(log_p, column[:, None], axis=1)[:, 0]
-        sampled = rows[groups.is_sampled[h.group[rows]] & ~forced[rows]]
+        sampled = rows[groups.is_sampled[h.group[rows]] & ~(forced | choosing)[rows]]
         if len(sampled):
             tokens[sampled], scores[sampled] = self._sample(sampled, ids, log_p, top)
         pushed = rows[forced[rows]]
@@ -120,13 +127,15 @@ class NextTokens:
         if groups.with_stop_tokens:
             ended |= (tokens[rows, None] == groups.stop_tokens[own]).any(axis=1) & ~forced[rows]
         if groups.with_stop_strings:
-            ended |= self._complete_stop_strings(rows, tokens[rows]) & ~groups.is_beam[own]
-        ended |= (h.length[rows] >= groups.max_tokens[own]) & ~groups.is_beam[own]
+            ended |= self._complete_stop_strings(rows, tokens[rows])
+        ended |= (h.length[rows] >= groups.max_tokens[own]) & (~groups.is_beam[own] | choosing[rows])
         ended |= groups.forced_only[own] & (h.length[rows] == groups.forced_length[own])
         for row in rows[groups.streams[own] & ~groups.is_beam[own]].tolist():
             last = h.length[row] - 1
-            ready = TokensReady(int(h.member[row]), (int(h.tokens[row, last]),), (float(h.log_probabilities[row, last]),))
-            self.emit(groups[int(h.group[row])].request.id, ready)
+            group = groups[int(h.group[row])]
+            index = group.alternative + int(h.member[row])
+            ready = TokensReady(index, (int(h.tokens[row, last]),), (float(h.log_probabilities[row, last]),))
+            self.emit(group.request.id, ready)
         gone = rows[ended]
         self._end(gone)
         return gone
@@ -285,27 +294,33 @@ class NextTokens:
         if agreed > group.sent:
             tokens = tuple(contenders[0, group.sent : agreed].tolist())
             scores = tuple(h.log_probabilities[live[0], group.sent : agreed].tolist())
-            self.emit(group.request.id, TokensReady(0, tokens, scores))
+            self.emit(group.request.id, TokensReady(group.alternative, tokens, scores))
             group.sent = agreed
 
     def _finish(self, group: Group) -> None:
         results = group.results()
         if group.request.stream and group.is_beam and group.sent < len(results[0].tokens):
             rest = slice(group.sent, None)
-            ready = TokensReady(0, results[0].tokens[rest], results[0].log_probabilities[rest])
+            ready = TokensReady(group.alternative, results[0].tokens[rest], results[0].log_probabilities[rest])
             self.emit(group.request.id, ready)
-        self.emit(group.request.id, Finished(results))
         self.groups.remove(group)
+        family = group.family
+        if group.request.decoding.alternatives:
+            family.results[group.alternative] = results[0]
+            results = tuple(family.results[i] for i in sorted(family.results))
+        if not family.live:
+            self.emit(group.request.id, Finished(results))
 
     def _fail_broken(self, broken: NDArray[np.bool_]) -> Rows:
         """Rows whose scores are not numbers fail alone, with their request; their neighbours go on."""
         h = self.hypotheses
         gone = []
-        for number in np.unique(h.group[np.flatnonzero(broken)]).tolist():
-            group = self.groups[number]
-            gone.append(np.flatnonzero(self.hypotheses.group[: len(broken)] == group.number))
-            self.emit(group.request.id, Failed(Failure.NUMERICS, "the model's scores are not finite for this input"))
-            self.groups.remove(group)
+        groups = [self.groups[number] for number in np.unique(h.group[np.flatnonzero(broken)]).tolist()]
+        for family in {group.request.id: group.family for group in groups}.values():
+            gone.append(np.flatnonzero(np.isin(h.group[: len(broken)], [group.number for group in family.live])))
+            self.emit(family.live[0].request.id, Failed(Failure.NUMERICS, "the model's scores are not finite for this input"))
+            for group in list(family.live):
+                self.groups.remove(group)
         rows = np.concatenate(gone)
         broken[rows] = True  # the group's sound rows go with it
         return rows

@@ -102,11 +102,14 @@ class Decoding:
     """Each ends an output as the end-of-text token does."""
     stop_strings: tuple[str, ...] = ()
     """An output ends with the token that completes one of them; counted after min_tokens and after a forced prefix."""
+    alternatives: int = 0
+    """Above 0: so many outputs, one for each of the best tokens at the first position after the forced prefix; each is the best
+    that a search of its own finds from there on, and ``hypotheses`` is 1."""
 
     @property
     def rows(self) -> int:
         """Rows of the running batch that this needs: one for each live hypothesis."""
-        return self.hypotheses if self.sampling else self.beams
+        return max(1, self.alternatives) * (self.hypotheses if self.sampling else self.beams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +172,7 @@ class TokensReady:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The result of a generation: its hypotheses, best first (samples: in order). Always the last event."""
+    """The result of a generation: its hypotheses, best first (samples, alternatives: in order). Always the last event."""
 
     hypotheses: tuple[Hypothesis, ...]
 
@@ -246,3 +249,4 @@ class DecodingOptions:
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     ignore_end_of_text: bool = False
+    alternatives: int | None = None

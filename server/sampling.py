@@ -33,6 +33,11 @@ def most_probable(ids: Ids, log_probabilities: LogProbabilities) -> Ids:
     return log_probabilities.argmax(axis=1)
 
 
+def nth_possible(log_probabilities: LogProbabilities, n: Ids) -> Ids:
+    """Column [B] of candidate number n[i] of each row, counted from 0 and without the forbidden ones."""
+    return (np.isfinite(log_probabilities).cumsum(axis=1) > n[:, None]).argmax(axis=1)
+
+
 def draw(
     log_probabilities: LogProbabilities,
     uniform: NDArray[np.float64],

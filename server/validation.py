@@ -126,6 +126,10 @@ def check_decoding(
     _check_stop_strings(options.stop_strings, complaints)
     adjustments = _check_adjustments(options, limits, vocab_size, end_token, complaints)
     may_not_come = {*adjustments.suppressed_tokens, *((end_token, *options.stop_tokens) if min_tokens else ())}
+    alternatives = complaints.whole("options.alternatives", _given(options.alternatives, 0), 0, limits.max_beams // beams)
+    if alternatives and options.hypotheses not in (None, 1):
+        complaints.refuse("options.hypotheses", f"must be 1 (or absent) with alternatives, not {options.hypotheses}")
+        max_hypotheses = options.hypotheses or 1
     if len(may_not_come) >= vocab_size:
         complaints.refuse("options.suppressed_tokens", "with min_tokens and stop_tokens, leave no token to choose")
     return Decoding(
@@ -139,6 +143,7 @@ def check_decoding(
         adjustments=adjustments,
         stop_tokens=tuple(dict.fromkeys(options.stop_tokens)),
         stop_strings=tuple(dict.fromkeys(options.stop_strings)),
+        alternatives=alternatives,
     )
 
 

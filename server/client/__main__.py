@@ -58,6 +58,10 @@ StopToken = Annotated[
 Stop = Annotated[
     list[str], typer.Option(help="A string before which the output ends; may be repeated.", metavar="TEXT", show_default=False)
 ]
+Alternatives = Annotated[
+    int | None,
+    typer.Option(help="Complete each of so many next tokens, after --prefix if there is one.", show_default=False),
+]
 IgnoreEndOfText = Annotated[bool, typer.Option("--ignore-end-of-text", help="Go on to a stop or to the longest output.")]
 Prefix = Annotated[str, typer.Option(help="What every output must begin with.", show_default=False)]
 
@@ -116,10 +120,11 @@ def generate(
     stop_token: StopToken = [],  # noqa: B006
     stop: Stop = [],  # noqa: B006
     ignore_end_of_text: IgnoreEndOfText = False,
+    alternatives: Alternatives = None,
     prefix: Prefix = "",
     json: Json = False,
 ) -> None:
-    """Prints what the model writes; with several hypotheses, each with its probability."""
+    """Prints what the model writes; with several hypotheses or alternatives, each with its probability."""
     options = Options(
         beams=beams,
         hypotheses=hypotheses,
@@ -136,10 +141,11 @@ def generate(
         stop_tokens=stop_token,
         stop_strings=stop,
         ignore_end_of_text=ignore_end_of_text or None,
+        alternatives=alternatives,
     )
     with _client(context) as client:
         results = client.generate(texts, options, target_prefix=prefix, return_tokens=json)
-    typer.echo(show.as_json(results) if json else show.generations(results, every=hypotheses is not None))
+    typer.echo(show.as_json(results) if json else show.generations(results, every=(hypotheses or alternatives) is not None))
 
 
 @app.command()

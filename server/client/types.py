@@ -43,6 +43,8 @@ class Options:
     stop_strings: Sequence[str] = ()
     """The text ends before the first of them."""
     ignore_end_of_text: bool | None = None
+    alternatives: int | None = None
+    """One hypothesis for each of so many next tokens after the target prefix, most probable first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ class Generation:
     """What became of one input."""
 
     hypotheses: tuple[Hypothesis, ...]
-    """Best first; samples in their order."""
+    """Best first; samples and alternatives in their order."""
     input_token_count: int
     seed: int | None
     """None when not sampling."""

@@ -26,6 +26,7 @@ SOURCES = ["harbour", "0", "x9kq2", "lighthouse4", "no7", "zz3zz"]
 
 @pytest.fixture
 async def running() -> AsyncIterator[Running]:
+    tiny.graphs(tiny.shape("encoder_decoder"))  # exported before the clock of the server's start runs
     real = InProcessEngine("tiny", lambda: cast(Any, engine("encoder_decoder")), lambda stats: None)
     model = served_model(
         cast(Any, real),
@@ -121,6 +122,31 @@ async def test_the_log_probability_is_the_models_own_as_score_gives_it(client: T
     assert told.score != pytest.approx(told.log_probability / 9, abs=1e-2)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+async def test_alternatives_at_a_position(client: TransformerClient, beams: int) -> None:
+    options = Options(beams=beams, alternatives=4)
+    results = await client.generate(SOURCES, options, target_prefix="ab", return_tokens=True)
+    streamed = ["" for _ in range(4)]
+    async for event in client.stream(SOURCES[:1], options, target_prefix="ab"):
+        if isinstance(event, StreamedText):
+            streamed[event.hypothesis] += event.text
+    assert streamed == [hypothesis.text for hypothesis in results[0].hypotheses]
+    for source, result in zip(map(ids, SOURCES), results, strict=True):
+        prefix = TOKENIZER.encode_text("ab")
+        firsts = [told.tokens[2] for told in result.hypotheses]
+        scores = [token.log_probability for token in firsts]
+        assert len({token.id for token in firsts}) == 4
+        assert scores == sorted(scores, reverse=True)
+        assert firsts[0].id == greedy(MODEL, source, 3, rules=Rules(prefix=prefix)).tokens[2]
+        for told, first in zip(result.hypotheses, firsts, strict=True):
+            ended = first.id == TOKENIZER.EOS
+            rules = Rules(prefix=[*prefix, first.id])
+            want = (
+                [*prefix, first.id] if ended else beam_search(MODEL, source, beams=beams, max_tokens=20, rules=rules)[0].tokens
+            )
+            assert [token.id for token in told.tokens] == want
+
+
 async def test_every_wrong_option_is_named(client: TransformerClient) -> None:
     with pytest.raises(CallError) as error:
         await client.generate(
@@ -163,4 +189,6 @@ async def test_options_from_a_terminal(running: Running) -> None:
         wanted = spoken(greedy(MODEL, ids(source), 20, rules=RULES), RULES)
         assert await asyncio.to_thread(call, "generate", "--beams", "1", *flags, source) == f"{wanted}\n"
         assert await asyncio.to_thread(call, "stream", "--beams", "1", *flags, source) == f"{wanted}\n"
+    told = await asyncio.to_thread(call, "generate", "--alternatives", "3", "--prefix", "ab", "harbour")
+    assert [line.split()[1][:2] for line in told.splitlines()] == ["ab"] * 3
     assert "must be ID=BIAS" in CliRunner().invoke(app, ["generate", "--token-bias", "7", "a"]).stderr

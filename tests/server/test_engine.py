@@ -267,7 +267,11 @@ def test_cancelled_requests_free_their_rows_at_once_and_disturb_nobody(family: s
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("kind", [{"beams": 3}, {"hypotheses": 3, "sampling": Sampling(seed=1)}], ids=["beams", "samples"])
+@pytest.mark.parametrize(
+    "kind",
+    [{"beams": 3}, {"hypotheses": 3, "sampling": Sampling(seed=1)}, {"beams": 2, "alternatives": 3}],
+    ids=["beams", "samples", "alternatives"],
+)
 def test_scores_that_are_not_numbers_fail_only_their_request(kind: dict, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(4)
     running = engine("encoder_decoder")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.requests import Sampling
-from server.sampling import draw, forbid, most_probable, uniform_draws
+from server.sampling import draw, forbid, most_probable, nth_possible, uniform_draws
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 
@@ -76,6 +76,11 @@ def test_every_row_is_drawn_as_if_alone(batch: list) -> None:
 
 
 FALLING = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
+
+
+def test_forbidden_candidates_are_not_counted() -> None:
+    log_p = np.array([[-1.0, -np.inf, -2.0, -3.0]] * 3, np.float32)
+    assert nth_possible(log_p, np.array([0, 1, 2])).tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize(

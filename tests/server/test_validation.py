@@ -91,6 +91,9 @@ def test_sampling_needs_one_beam_and_gets_the_random_seed() -> None:
         (DecodingOptions(suppressed_tokens=(5,) * 1025), "options.suppressed_tokens"),
         (DecodingOptions(suppressed_tokens=tuple(range(100))), "options.suppressed_tokens"),
         (DecodingOptions(suppressed_tokens=(*range(2, 100),), stop_tokens=(0, 1), min_tokens=1), "options.suppressed_tokens"),
+        (DecodingOptions(beams=4, alternatives=3), "options.alternatives"),
+        (DecodingOptions(beams=1, alternatives=9), "options.alternatives"),
+        (DecodingOptions(beams=2, alternatives=2, hypotheses=2), "options.hypotheses"),
         (DecodingOptions(stop_tokens=(100,)), "options.stop_tokens"),
         (DecodingOptions(stop_tokens=tuple(range(17))), "options.stop_tokens"),
         (DecodingOptions(stop_strings=("a", "")), "options.stop_strings[1]"),
@@ -152,6 +155,7 @@ def test_all_wrong_options_are_named_at_once_with_their_limits() -> None:
         max_tokens=st.none() | st.integers(0, 2**32 - 1),
         min_tokens=st.none() | st.integers(0, 2**32 - 1),
         patience=st.none() | _FLOATS,
+        alternatives=st.none() | st.integers(0, 2**32 - 1),
         sampling=st.none()
         | st.builds(
             SamplingOptions,
