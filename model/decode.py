@@ -132,7 +132,7 @@ def beam_search(
     among the first ``beams``; the first ``beams`` others live on. Of these, one whose text now holds a stop string is collected
     at once, and its place stays empty until the others' continuations fill it. The search stops when round(beams * patience)
     hypotheses are collected ("first come, first served", Kasai et al. 2022), or at ``max_tokens``, where the live ones are
-    collected too.
+    collected too. With required phrases, continuations are ranked in another way: see ``_rank_by_banks``.
 
     Args:
         rules: what else is asked of the output; ``min_tokens`` is a short form of the rule of that name.
@@ -149,11 +149,15 @@ def beam_search(
         both = [rules.distributions(row, b.tokens) for row, b in zip(logits, live, strict=True)]
         own, log_p = torch.stack([one for one, _ in both]), torch.stack([one for _, one in both])  # [B, V]
         totals = torch.tensor([b.total for b in live], device=log_p.device)[:, None] + log_p  # [B, V]
-        candidates = min(2 * beams, totals.numel())
-        best, where = totals.flatten().topk(candidates)
+        if rules.required_phrases:
+            ranked = _rank_by_banks(totals, live, rules, 2 * beams, max_tokens - length)
+        else:
+            best, where = totals.flatten().topk(min(2 * beams, totals.numel()))
+            ranked = [
+                (total, *divmod(index, log_p.size(1))) for total, index in zip(best.tolist(), where.tolist(), strict=True)
+            ]
         parents, survivors = list[int](), list[_Beam]()
-        for rank, (total, index) in enumerate(zip(best.tolist(), where.tolist(), strict=True)):
-            parent, token = divmod(index, log_p.size(1))
+        for rank, (total, parent, token) in enumerate(ranked):
             if total == -math.inf:
                 continue
             tokens = [*live[parent].tokens, token]
@@ -175,6 +179,28 @@ def beam_search(
             break
         logits = decoder.step_logits(parents, [b.tokens[-1] for b in live])
     return sorted(finished, key=lambda h: -h.score)[:beams]
+
+
+def _rank_by_banks(totals: Tensor, live: Sequence[_Beam], rules: Rules, count: int, left: int) -> list[tuple[float, int, int]]:
+    """The first ``count`` continuations (total, parent, token) of a constrained search, in the order in which they take places.
+
+    Those that have written as much of the required phrases are a bank (dynamic beam allocation, Post & Vilar 2018). The best of
+    each bank come first, then the second best of each, and so on; of equal rank, the fuller bank first. Candidates are, of each
+    hypothesis, the ``count`` best tokens and those that go on with a phrase. One lives only if what it would then still have to
+    write fits into the ``left`` tokens after it.
+    """
+    everything = sum(map(len, rules.required_phrases))
+    banks: dict[int, list[tuple[float, int, int]]] = {}
+    for parent, (beam, row) in enumerate(zip(live, totals, strict=True)):
+        best = row.sort(descending=True, stable=True).indices[:count].tolist()
+        for token in {*best, *rules.advancing(beam.tokens)}:
+            need = rules.need([*beam.tokens, token])
+            if need <= left and row[token] > -math.inf:
+                banks.setdefault(everything - need, []).append((float(row[token]), parent, token))
+    for bank in banks.values():
+        bank.sort(key=lambda candidate: -candidate[0])
+    placed = [(rank, -number, one) for number, bank in banks.items() for rank, one in enumerate(bank)]
+    return [one for _, _, one in sorted(placed)][:count]
 
 
 def sample(

@@ -49,6 +49,8 @@ class Rules:
     """The text ends with the token that completes one of them."""
     decode: Callable[[Sequence[int]], str] | None = None
     """The text of tokens; for stop strings."""
+    required_phrases: Sequence[Sequence[int]] = ()
+    """Every output contains the tokens of each, next to each other; for beam search."""
 
     def distributions(self, logits: Tensor, written: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Log-probabilities [V] of the token after ``written``: the model's own, and the adjusted ones."""
@@ -67,7 +69,7 @@ class Rules:
             changed[token] += gain
         adjusted = changed.log_softmax(-1)
         forbidden = set(self.suppressed_tokens)
-        if len(written) < self.min_tokens:
+        if len(written) < self.min_tokens or self.need(written):
             forbidden |= {self.end, *self.stop_tokens}
         repeating = self._repeating(written)
         if len(forbidden | repeating) < len(adjusted):
@@ -89,6 +91,25 @@ class Rules:
         ngrams = {tuple(written[i : i + size]) for i in range(len(written) - size + 1)}
         last = tuple(written[len(written) - size + 1 :])
         return {ngram[-1] for ngram in ngrams if ngram[:-1] == last}
+
+    def _unmet(self, written: Sequence[int]) -> list[tuple[Sequence[int], int]]:
+        """Each required phrase that is not there yet, and how many of its tokens the last ones are."""
+        text = tuple(written)
+        unmet = list[tuple[Sequence[int], int]]()
+        for phrase in map(tuple, self.required_phrases):
+            if not any(text[i : i + len(phrase)] == phrase for i in range(len(text))):
+                begun = max(n for n in range(len(phrase)) if n <= len(text) and text[len(text) - n :] == phrase[:n])
+                unmet.append((phrase, begun))
+        return unmet
+
+    def need(self, written: Sequence[int]) -> int:
+        """Tokens that suffice for the required phrases that are not there yet: end the one begun, then write the others."""
+        unmet = self._unmet(written)
+        return sum(len(phrase) for phrase, _ in unmet) - max((begun for _, begun in unmet), default=0)
+
+    def advancing(self, written: Sequence[int]) -> list[int]:
+        """The next token of each required phrase that is not there yet."""
+        return sorted({phrase[begun] for phrase, begun in self._unmet(written)})
 
     def ends(self, written: Sequence[int]) -> bool:
         """The last token is one that ends the text."""

@@ -33,7 +33,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerationOptions(_message.Message):
-    __slots__ = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "sampling", "patience", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram", "token_bias", "suppressed_tokens", "stop_tokens", "stop_strings", "ignore_end_of_text", "alternatives")
+    __slots__ = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "sampling", "patience", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram", "token_bias", "suppressed_tokens", "stop_tokens", "stop_strings", "ignore_end_of_text", "alternatives", "required_phrases")
     BEAMS_FIELD_NUMBER: _ClassVar[int]
     HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class GenerationOptions(_message.Message):
     STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_END_OF_TEXT_FIELD_NUMBER: _ClassVar[int]
     ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
+    REQUIRED_PHRASES_FIELD_NUMBER: _ClassVar[int]
     beams: int
     hypotheses: int
     length_penalty: float
@@ -68,7 +69,8 @@ class GenerationOptions(_message.Message):
     stop_strings: _containers.RepeatedScalarFieldContainer[str]
     ignore_end_of_text: bool
     alternatives: int
-    def __init__(self, beams: _Optional[int] = ..., hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., no_repeat_ngram: _Optional[int] = ..., token_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., suppressed_tokens: _Optional[_Iterable[int]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_end_of_text: _Optional[bool] = ..., alternatives: _Optional[int] = ...) -> None: ...
+    required_phrases: _containers.RepeatedCompositeFieldContainer[Input]
+    def __init__(self, beams: _Optional[int] = ..., hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., no_repeat_ngram: _Optional[int] = ..., token_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., suppressed_tokens: _Optional[_Iterable[int]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_end_of_text: _Optional[bool] = ..., alternatives: _Optional[int] = ..., required_phrases: _Optional[_Iterable[_Union[Input, _Mapping]]] = ...) -> None: ...
 
 class TokenBias(_message.Message):
     __slots__ = ("id", "bias")

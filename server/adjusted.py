@@ -48,11 +48,15 @@ class AdjustedRows:
         self._adjusted = self._own.copy()
         groups.adjustments.reweigh(self._adjusted, group, tokens, length, logits)
         groups.adjustments.suppress(self._adjusted, group)
-        too_short = np.flatnonzero(length < groups.min_tokens[group])
-        if len(too_short):
-            self._adjusted[too_short, self._end_token] = -np.inf
-            row, place = np.nonzero(groups.stop_tokens[group[too_short]] >= 0)
-            self._adjusted[too_short[row], groups.stop_tokens[group[too_short[row]], place]] = -np.inf
+        too_short = length < groups.min_tokens[group]
+        for i in np.flatnonzero(groups.has_phrases[group]).tolist():
+            phrases = groups[int(group[i])].phrases
+            too_short[i] |= phrases is not None and phrases.need(int(h.member[rows[i]])) > 0
+        unended = np.flatnonzero(too_short)
+        if len(unended):
+            self._adjusted[unended, self._end_token] = -np.inf
+            row, place = np.nonzero(groups.stop_tokens[group[unended]] >= 0)
+            self._adjusted[unended[row], groups.stop_tokens[group[unended[row]], place]] = -np.inf
         groups.adjustments.forbid_repeats(self._adjusted, group, tokens, length)
         self._place[rows] = np.arange(len(rows))
         ids, log_p = ids.copy(), log_p.copy()
@@ -68,6 +72,38 @@ class AdjustedRows:
         adjusted = self._adjusted[self._place[rows]]
         order = np.argsort(-adjusted, axis=1, kind="stable")
         return order, np.take_along_axis(adjusted, order, axis=1)
+
+    def constrained(self, numbers: Rows, candidates: Candidates) -> tuple[Candidates, Ids]:
+        """The candidates of groups that must contain phrases, and what beam search ranks these by.
+
+        Args:
+            candidates: those of all rows, as ``read`` gave them.
+
+        Returns:
+            Candidates [R, C] of all rows, only those of these groups filled in: the 2 x beams best, and those that go on with a
+            phrase; -inf where the rest of the phrases would no longer fit. Banks [R, C]: tokens of phrases that are written.
+        """
+        h, groups = self._hypotheses, self._groups
+        found: dict[int, tuple[list[int], list[float], list[int]]] = {}
+        for number in numbers.tolist():
+            group = groups[number]
+            decoding, phrases = group.request.decoding, group.phrases
+            assert phrases is not None
+            for member, row in enumerate(groups.rows[number, : decoding.beams].tolist()):
+                possible = np.isfinite(candidates.log_probabilities[row, : 2 * decoding.beams])
+                best = candidates.ids[row, : 2 * decoding.beams][possible].tolist()
+                tokens = [*best, *(token for token in phrases.advancing(member) if token not in best)]
+                left = decoding.max_tokens - int(h.length[row]) - 1
+                needs = phrases.needs_after(member, tokens)
+                scores = self._adjusted[self._place[row], tokens].tolist()
+                fitting = [score if need <= left else -np.inf for score, need in zip(scores, needs, strict=True)]
+                found[row] = tokens, fitting, [phrases.total - need for need in needs]
+        shape = len(candidates.ids), max(len(tokens) for tokens, _, _ in found.values())
+        ids, log_p, banks = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int64)
+        for row, (tokens, scores, written) in found.items():
+            width = len(tokens)
+            ids[row, :width], log_p[row, :width], banks[row, :width] = tokens, scores, written
+        return Candidates(ids, log_p), banks
 
     def own(self, rows: Rows, tokens: Ids) -> Floats:
         """The model's own log-probability of tokens[i] [B] in row rows[i]."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from server.constraints import order_by_banks
 from server.kv_cache import Rows
 
 Floats = NDArray[np.float32]
@@ -40,6 +41,7 @@ def beam_step(
     log_probabilities: Floats,
     end: int,
     stops: NDArray[np.bool_] | None = None,
+    banks: NDArray[np.int64] | None = None,
 ) -> BeamStep:
     """Ranks the continuations of each group's hypotheses and decides which live on.
 
@@ -52,6 +54,8 @@ def beam_step(
         ids, log_probabilities: [G, W, C], best first; C at least 2 x W (one more where the end is forbidden).
         end: id of the end-of-text token.
         stops: [G, W, C] candidates that end the text like it.
+        banks: [G, W, C] how much of required phrases a candidate has written; candidates are then ranked as in
+            ``constraints.order_by_banks``, and their order along C does not matter.
     """
     groups, width = rows.shape
     candidates = ids.shape[2]
@@ -61,7 +65,8 @@ def beam_step(
     if not complete:
         scores[~present] = -np.inf
     scores = scores.reshape(groups, -1)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * width]  # [G, 2W]
+    order = np.argsort(-scores, axis=1, kind="stable") if banks is None else order_by_banks(scores, banks.reshape(groups, -1))
+    order = order[:, : 2 * width]  # [G, 2W]
     cell = order + (np.arange(groups) * scores.shape[1])[:, None]
     ranked, token, log_p = scores.take(cell), ids.take(cell), log_probabilities.take(cell)
     parent = order // candidates

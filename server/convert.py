@@ -70,6 +70,7 @@ def decoding_options(message: pb.GenerationOptions) -> DecodingOptions:
         stop_strings=tuple(message.stop_strings),
         ignore_end_of_text=message.ignore_end_of_text,
         alternatives=message.alternatives if message.HasField("alternatives") else None,
+        required_phrases=tuple(given_input(phrase) for phrase in message.required_phrases),
     )
 
 

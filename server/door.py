@@ -12,9 +12,20 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from server.constraints import RequiredPhrases
 from server.models import ServedModel
 from server.requests import Decoding, DecodingOptions, EncodingRequest, GenerationRequest
-from server.validation import Complaints, check_count, check_decoding, check_ids, check_text, fit_to_context
+from server.validation import (
+    MAX_PHRASE_TOKENS,
+    MAX_PHRASES,
+    Complaints,
+    check_count,
+    check_decoding,
+    check_ids,
+    check_phrase,
+    check_text,
+    fit_to_context,
+)
 
 Given = str | tuple[int, ...] | None
 """An input as a caller wrote it: text, token ids, or neither."""
@@ -66,12 +77,14 @@ class Door:
             complaints.refuse("target_prefix", f"must be empty for a {self._model.family} model: write it in the input")
         elif target_prefix:
             check_text(target_prefix, self._limits, "target_prefix", complaints, may_be_blank=True)
+        phrases = self._check_texts("options.required_phrases[{}]", options.required_phrases[:MAX_PHRASES], complaints)
         complaints.close()
 
         all_ids = await self._encode(named, self._encode_input)
         forced = tuple(self._tokenizer.encode_text(target_prefix)) if target_prefix else ()
         if len(forced) >= decoding.max_tokens:
             complaints.refuse("target_prefix", f"has {len(forced)} tokens, too many for a max_tokens of {decoding.max_tokens}")
+        decoding = replace(decoding, required_phrases=await self._encode_phrases(phrases, decoding, complaints))
         # What may not be the next token: what is suppressed, what would end the text, and after a prefix any n-gram's last one.
         excluded = len(decoding.adjustments.suppressed_tokens) + len(decoding.stop_tokens) + 1 + len(forced)
         if decoding.alternatives > self._model.vocab_size - excluded:
@@ -85,6 +98,12 @@ class Door:
                 own = fit_to_context(own, len(ids), self._limits, one.field, complaints, asked=asked)
             request_id = self._request_id(call_id)
             requests.append(GenerationRequest(id=request_id, input_ids=ids, decoding=own, forced=forced, stream=stream))
+        if phrases and not complaints.violations:
+            need, room = _tokens_needed(requests[0]), min(request.decoding.max_tokens for request in requests) - len(forced)
+            if need > room:
+                complaints.refuse(
+                    "options.required_phrases", f"need {need} tokens, more than the {room} an output has for them"
+                )
         complaints.close()
         return requests
 
@@ -154,6 +173,18 @@ class Door:
             return await asyncio.to_thread(work)
         return work()
 
+    async def _encode_phrases(
+        self, phrases: Sequence[_Named], decoding: Decoding, complaints: Complaints
+    ) -> tuple[tuple[int, ...], ...]:
+        encoded = await self._encode(phrases, self._tokenizer.encode_text)
+        for phrase, ids in zip(phrases, encoded, strict=True):
+            check_phrase(ids, decoding, self._tokenizer.EOS, self._model.vocab_size, phrase.field, complaints)
+            if isinstance(phrase.given, str) and self._tokenizer.UNK in ids:
+                complaints.refuse(phrase.field, "has characters that the model cannot write")
+        if (total := sum(map(len, encoded))) > MAX_PHRASE_TOKENS:
+            complaints.refuse("options.required_phrases", f"has {total} tokens, more than the limit of {MAX_PHRASE_TOKENS}")
+        return tuple(dict.fromkeys(encoded))
+
     def _encode_input(self, text: str) -> list[int]:
         return self._tokenizer.encode_source(text) if self._has_encoder else self._tokenizer.encode_text(text)
 
@@ -164,6 +195,14 @@ class Door:
     def _request_id(self, call_id: str) -> str:
         """Unique in the engine, even where two callers chose the same id for their calls."""
         return f"{call_id}#{next(self._numbers)}"
+
+
+def _tokens_needed(request: GenerationRequest) -> int:
+    """Tokens after the forced prefix that certainly suffice for the required phrases."""
+    phrases = RequiredPhrases(request.decoding.required_phrases, members=1)
+    for token in request.forced:
+        phrases.write(0, token)
+    return phrases.need(0)
 
 
 def _with_seed(decoding: Decoding, position: int) -> Decoding:

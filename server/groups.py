@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from server.constraints import RequiredPhrases
 from server.kv_cache import Rows
 from server.penalties import AdjustmentTable
 from server.requests import MAX_STOP_TOKENS, Adjustments, Decoding, FinishReason, GenerationRequest, Hypothesis
@@ -42,6 +43,7 @@ class Group:
     """Tokens already reported under beam search."""
     texts: list[StoppingText] = field(default_factory=list)
     """What each member has written, where stop strings are looked for."""
+    phrases: RequiredPhrases | None = None
 
     @property
     def is_beam(self) -> bool:
@@ -58,7 +60,8 @@ class Group:
     def is_adjusted(self) -> bool:
         """Tokens are chosen from an adjusted distribution."""
         decoding = self.request.decoding
-        return decoding.adjustments != Adjustments() or bool(decoding.min_tokens and decoding.stop_tokens)
+        early_stop = decoding.min_tokens and decoding.stop_tokens
+        return decoding.adjustments != Adjustments() or bool(early_stop or decoding.required_phrases)
 
     @property
     def enough(self) -> bool:
@@ -124,6 +127,7 @@ class GroupTable:
         self.forced_only = np.zeros(capacity, bool)
         self.is_adjusted = np.zeros(capacity, bool)
         self.has_stop_strings = np.zeros(capacity, bool)
+        self.has_phrases = np.zeros(capacity, bool)
         self.alternative = np.full(capacity, -1, np.int64)
         """Which of the best tokens follows the forced prefix; -1: none in particular."""
         self.stop_tokens = np.full((capacity, MAX_STOP_TOKENS), -1, np.int64)
@@ -153,7 +157,9 @@ class GroupTable:
         self.with_stop_tokens = 0
         """... end at stop tokens, ..."""
         self.with_stop_strings = 0
-        """... or at stop strings."""
+        """... or at stop strings, ..."""
+        self.with_phrases = 0
+        """... or must contain phrases."""
 
     def __len__(self) -> int:
         """Live requests."""
@@ -224,6 +230,9 @@ class GroupTable:
         self.stop_tokens[number] = -1
         self.stop_tokens[number, : len(decoding.stop_tokens)] = decoding.stop_tokens
         self.has_stop_strings[number] = bool(decoding.stop_strings)
+        self.has_phrases[number] = bool(decoding.required_phrases)
+        if decoding.required_phrases:
+            group.phrases = RequiredPhrases(decoding.required_phrases, rows)
         self._count(group, 1)
         if sampling:
             self.needs_all_logits[number] = not 0 < sampling.top_k < MAX_CANDIDATES
@@ -256,6 +265,7 @@ class GroupTable:
         self.with_alternatives += change * (decoding.alternatives > 0)
         self.with_stop_tokens += change * bool(decoding.stop_tokens)
         self.with_stop_strings += change * bool(decoding.stop_strings)
+        self.with_phrases += change * bool(decoding.required_phrases)
         self._most_candidates = None
         if group.is_beam:
             self._beam_numbers = None

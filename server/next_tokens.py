@@ -75,7 +75,15 @@ class NextTokens:
             leaving.append(self._write_single(np.flatnonzero(single), ids, log_p, top, forced, choosing))
         if beam.any():
             numbers = groups.beam_numbers
-            leaving.append(self._write_beams(numbers[beam[groups.rows[numbers, 0]]], ids, log_p))
+            numbers = numbers[beam[groups.rows[numbers, 0]]]
+            if groups.with_phrases:
+                constrained = numbers[groups.has_phrases[numbers]]
+                if len(constrained):
+                    (wider_ids, wider_log_p), banks = self._adjusted.constrained(constrained, Candidates(ids, log_p))
+                    leaving.append(self._write_beams(constrained, wider_ids, wider_log_p, banks))
+                numbers = numbers[~groups.has_phrases[numbers]]
+            if len(numbers):
+                leaving.append(self._write_beams(numbers, ids, log_p))
         return np.concatenate(leaving)
 
     def _write_greedy(self, ids: NDArray[np.int64], log_p: NDArray[np.float32]) -> Rows:
@@ -126,6 +134,10 @@ class NextTokens:
         ended = (tokens[rows] == self.end_token) & ~forced[rows]
         if groups.with_stop_tokens:
             ended |= (tokens[rows, None] == groups.stop_tokens[own]).any(axis=1) & ~forced[rows]
+        for i in np.flatnonzero(groups.has_phrases[own]).tolist() if groups.with_phrases else ():
+            phrases = groups[int(own[i])].phrases  # of a forced row: nothing else of a constrained search comes here
+            assert phrases is not None
+            phrases.write(int(h.member[rows[i]]), int(tokens[rows[i]]))
         if groups.with_stop_strings:
             ended |= self._complete_stop_strings(rows, tokens[rows])
         ended |= (h.length[rows] >= groups.max_tokens[own]) & (~groups.is_beam[own] | choosing[rows])
@@ -194,7 +206,13 @@ class NextTokens:
         too_short = h.length[rows] < self.groups.min_tokens[h.group[rows]]
         return order, forbid(order, log_p, self.end_token, too_short)
 
-    def _write_beams(self, numbers: Rows, ids: NDArray[np.int64], log_p: NDArray[np.float32]) -> Rows:
+    def _write_beams(
+        self,
+        numbers: Rows,
+        ids: NDArray[np.int64],
+        log_p: NDArray[np.float32],
+        banks: NDArray[np.int64] | None = None,
+    ) -> Rows:
         """One step of the beam searches of these groups. Returns the rows of the requests that ended."""
         h, groups = self.hypotheses, self.groups
         rows = groups.rows[numbers]
@@ -204,7 +222,9 @@ class NextTokens:
         choices, stops = ids[table], None
         if groups.with_stop_tokens:
             stops = (choices[..., None] == groups.stop_tokens[numbers][:, None, None]).any(axis=-1)
-        step = beam_step(table, h.total[table], choices, log_p[table], self.end_token, stops)
+        step = beam_step(
+            table, h.total[table], choices, log_p[table], self.end_token, stops, banks if banks is None else banks[table]
+        )
         ended = step.ended_source.tolist(), step.ended_token.tolist(), step.ended_log_probability.tolist()
         for source, token, score in zip(*ended, strict=True):
             group = groups[int(h.group[source])]
@@ -229,6 +249,8 @@ class NextTokens:
             target = step.survivor_target[chosen]
             own_log_p = self._adjusted.own(step.survivor_source[chosen], step.survivor_token[chosen])
             h.log_probabilities[target, h.length[target] - 1] = own_log_p
+        if banks is not None:
+            self._track_phrases(step)
         stopped: Rows = self._stop_beams(step) if groups.with_stop_strings else step.ended_source[:0]
 
         at_limit = h.length[table].max(axis=1, initial=0, where=present) >= groups.max_tokens[numbers]
@@ -266,6 +288,16 @@ class NextTokens:
             text.push((int(tokens[i]),))
             stopped[i] = text.stopped
         return stopped
+
+    def _track_phrases(self, step: BeamStep) -> None:
+        """Survivors of constrained searches take over what their parents have written of the phrases."""
+        h = self.hypotheses
+        number = h.group[step.survivor_target]
+        parent, child = h.member[step.survivor_source], h.member[step.survivor_target]
+        for one in np.unique(number).tolist():
+            own, phrases = number == one, self.groups[one].phrases
+            assert phrases is not None
+            phrases.branch(parent[own].tolist(), child[own].tolist(), step.survivor_token[own].tolist())
 
     def _stop_beams(self, step: BeamStep) -> Rows:
         """Survivors whose text holds a stop string are finished; their rows [stopped] are empty until others' children come."""

@@ -105,6 +105,8 @@ class Decoding:
     alternatives: int = 0
     """Above 0: so many outputs, one for each of the best tokens at the first position after the forced prefix; each is the best
     that a search of its own finds from there on, and ``hypotheses`` is 1."""
+    required_phrases: tuple[tuple[int, ...], ...] = ()
+    """Every output contains the tokens of each, next to each other; under beam search."""
 
     @property
     def rows(self) -> int:
@@ -250,3 +252,5 @@ class DecodingOptions:
     stop_strings: tuple[str, ...] = ()
     ignore_end_of_text: bool = False
     alternatives: int | None = None
+    required_phrases: tuple[str | tuple[int, ...] | None, ...] = ()
+    """Texts or ids; None for a phrase that was neither."""

@@ -31,6 +31,9 @@ _BIASES = (-100.0, 100.0)
 _MAX_LISTED_TOKENS = 1024
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_BYTES = 256
+MAX_PHRASES = 16
+MAX_PHRASE_TOKENS = 64
+"""Of all required phrases together."""
 
 
 class Complaints:
@@ -130,6 +133,8 @@ def check_decoding(
     if alternatives and options.hypotheses not in (None, 1):
         complaints.refuse("options.hypotheses", f"must be 1 (or absent) with alternatives, not {options.hypotheses}")
         max_hypotheses = options.hypotheses or 1
+    if options.required_phrases:
+        _check_constrained_search(options, beams, complaints)
     if len(may_not_come) >= vocab_size:
         complaints.refuse("options.suppressed_tokens", "with min_tokens and stop_tokens, leave no token to choose")
     return Decoding(
@@ -145,6 +150,29 @@ def check_decoding(
         stop_strings=tuple(dict.fromkeys(options.stop_strings)),
         alternatives=alternatives,
     )
+
+
+def _check_constrained_search(options: DecodingOptions, beams: int, complaints: Complaints) -> None:
+    """What would not let the search keep its promise that every output contains every phrase."""
+    if len(options.required_phrases) > MAX_PHRASES:
+        count = len(options.required_phrases)
+        complaints.refuse("options.required_phrases", f"has {count} elements, more than the limit of {MAX_PHRASES}")
+    if options.sampling is not None:
+        complaints.refuse("options.sampling", "must be absent with required_phrases: they need a beam search")
+    elif beams < 2:
+        complaints.refuse("options.beams", f"must be at least 2 with required_phrases, not {beams}")
+    for name in ("no_repeat_ngram", "stop_strings", "alternatives"):
+        if getattr(options, name):
+            complaints.refuse(f"options.{name}", "must be absent with required_phrases")
+
+
+def check_phrase(
+    phrase: Sequence[int], decoding: Decoding, end_token: int, vocab_size: int, where: str, complaints: Complaints
+) -> None:
+    check_ids(phrase, decoding.max_tokens, vocab_size, where, complaints)
+    never = {end_token, *decoding.stop_tokens, *decoding.adjustments.suppressed_tokens}
+    if barred := [token for token in phrase if token in never]:
+        complaints.refuse(where, f"contains token {barred[0]}, which is suppressed or ends an output")
 
 
 def _check_adjustments(

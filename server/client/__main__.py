@@ -58,6 +58,10 @@ StopToken = Annotated[
 Stop = Annotated[
     list[str], typer.Option(help="A string before which the output ends; may be repeated.", metavar="TEXT", show_default=False)
 ]
+Require = Annotated[
+    list[str],
+    typer.Option(help="A phrase that every output contains; may be repeated; needs beams.", metavar="TEXT", show_default=False),
+]
 Alternatives = Annotated[
     int | None,
     typer.Option(help="Complete each of so many next tokens, after --prefix if there is one.", show_default=False),
@@ -120,6 +124,7 @@ def generate(
     stop_token: StopToken = [],  # noqa: B006
     stop: Stop = [],  # noqa: B006
     ignore_end_of_text: IgnoreEndOfText = False,
+    require: Require = [],  # noqa: B006
     alternatives: Alternatives = None,
     prefix: Prefix = "",
     json: Json = False,
@@ -141,6 +146,7 @@ def generate(
         stop_tokens=stop_token,
         stop_strings=stop,
         ignore_end_of_text=ignore_end_of_text or None,
+        required_phrases=require,
         alternatives=alternatives,
     )
     with _client(context) as client:
@@ -170,6 +176,7 @@ def stream(
     stop_token: StopToken = [],  # noqa: B006
     stop: Stop = [],  # noqa: B006
     ignore_end_of_text: IgnoreEndOfText = False,
+    require: Require = [],  # noqa: B006
     prefix: Prefix = "",
     json: Json = False,
 ) -> None:
@@ -189,6 +196,7 @@ def stream(
         stop_tokens=stop_token,
         stop_strings=stop,
         ignore_end_of_text=ignore_end_of_text or None,
+        required_phrases=require,
     )
     with _client(context) as client:
         for event in client.stream([text], options, target_prefix=prefix, return_tokens=json):

@@ -29,6 +29,8 @@ from server.client.types import (
 
 T = TypeVar("T")
 
+_BUILT = ("sampling", "token_bias", "required_phrases")
+"""The options that are messages of their own."""
 _DEFAULTS = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "patience")
 """The options of which a model tells what absent ones become."""
 _FINISH_REASONS = {
@@ -99,13 +101,14 @@ def _text(value: str, where: str) -> str:
 
 
 def _options(options: Options) -> pb.GenerationOptions:
-    values = {name: getattr(options, name) for name in Options.__slots__ if name not in ("sampling", "token_bias")}
+    values = {name: getattr(options, name) for name in Options.__slots__ if name not in _BUILT}
     sampling = options.sampling
     for place, stop in enumerate(_several(options.stop_strings, "options.stop_strings")):
         _text(stop, f"options.stop_strings[{place}]")
     try:
         return pb.GenerationOptions(
             **values,
+            required_phrases=inputs_of(options.required_phrases, "options.required_phrases"),
             token_bias=[pb.TokenBias(id=token, bias=bias) for token, bias in (options.token_bias or {}).items()],
             sampling=pb.Sampling(**{name: getattr(sampling, name) for name in Sampling.__slots__}) if sampling else None,
         )

@@ -45,6 +45,8 @@ class Options:
     ignore_end_of_text: bool | None = None
     alternatives: int | None = None
     """One hypothesis for each of so many next tokens after the target prefix, most probable first."""
+    required_phrases: Sequence[Input] = ()
+    """Every output contains each of them; needs a beam search."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

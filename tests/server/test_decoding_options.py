@@ -147,6 +147,17 @@ async def test_alternatives_at_a_position(client: TransformerClient, beams: int)
             assert [token.id for token in told.tokens] == want
 
 
+async def test_every_output_contains_the_required_phrases(client: TransformerClient) -> None:
+    options = Options(beams=5, hypotheses=5, required_phrases=["zebra", [4, 5], "9"], length_penalty=0.6)
+    phrases = [TOKENIZER.encode_text("zebra"), [4, 5], TOKENIZER.encode_text("9")]
+    results = await client.generate(SOURCES, options, return_tokens=True)
+    for source, result in zip(map(ids, SOURCES), results, strict=True):
+        rules = Rules(required_phrases=phrases)
+        wanted = beam_search(MODEL, source, beams=5, max_tokens=20, length_penalty=0.6, rules=rules)
+        assert [[token.id for token in told.tokens] for told in result.hypotheses] == [want.tokens for want in wanted]
+        assert all(part in told.text for told in result.hypotheses for part in ("zebra", TOKENIZER.decode([4, 5]), "9"))
+
+
 async def test_every_wrong_option_is_named(client: TransformerClient) -> None:
     with pytest.raises(CallError) as error:
         await client.generate(
@@ -189,6 +200,9 @@ async def test_options_from_a_terminal(running: Running) -> None:
         wanted = spoken(greedy(MODEL, ids(source), 20, rules=RULES), RULES)
         assert await asyncio.to_thread(call, "generate", "--beams", "1", *flags, source) == f"{wanted}\n"
         assert await asyncio.to_thread(call, "stream", "--beams", "1", *flags, source) == f"{wanted}\n"
+    told = await asyncio.to_thread(call, "generate", "--beams", "4", "--require", "zebra", "--require", "42", "harbour")
+    assert "zebra" in told
+    assert "42" in told
     told = await asyncio.to_thread(call, "generate", "--alternatives", "3", "--prefix", "ab", "harbour")
     assert [line.split()[1][:2] for line in told.splitlines()] == ["ab"] * 3
     assert "must be ID=BIAS" in CliRunner().invoke(app, ["generate", "--token-bias", "7", "a"]).stderr

@@ -130,6 +130,60 @@ async def test_a_decoder_only_model_scores_a_continuation_that_fits_its_context(
         await model.check_scoring("c", [("a" * 30, "b" * 30)])
 
 
+def phrases(*given: Any, **options: Any) -> DecodingOptions:
+    return DecodingOptions(**{"beams": 2, "max_tokens": 10, "required_phrases": given, **options})
+
+
+async def test_required_phrases_are_tokens_of_a_target_each_once() -> None:
+    (request,) = await door().check_generation("c", ["a"], phrases("de", (7, 8), "de"))
+    assert request.decoding.required_phrases == (ids("de"), (7, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (phrases("ab", None, "", ()), "options.required_phrases[1]: must have text or tokens"),
+        (phrases("ab", ""), "options.required_phrases[1].text: must not be empty or blank"),
+        (phrases("ab", ()), "options.required_phrases[1].tokens: must not be empty"),
+        (phrases("a" * 11), "options.required_phrases[0].text: has 11 tokens, more than the limit of 10"),
+        (phrases((999,)), "options.required_phrases[0].tokens: token id 999 is not in the vocabulary"),
+        (phrases("ß"), "options.required_phrases[0].text: has characters that the model cannot write"),
+        (phrases((7, 2)), "options.required_phrases[0].tokens: contains token 2, which is suppressed or ends an output"),
+        (phrases((7,), suppressed_tokens=(7,)), "contains token 7, which is suppressed or ends an output"),
+        (phrases((7,), stop_tokens=(7,)), "contains token 7, which is suppressed or ends an output"),
+        (phrases("abcdef", "ghijk"), "options.required_phrases: need 11 tokens, more than the 10 an output has for them"),
+        (phrases(*((i,) * 8 for i in range(4, 13)), max_tokens=50), "has 72 tokens, more than the limit of 64"),
+    ],
+)
+async def test_phrases_that_no_output_could_contain_are_refused(options: DecodingOptions, complaint: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await door().check_generation("c", ["a"], options)
+    assert complaint in str(refused.value)
+
+
+async def test_what_a_prefix_has_of_a_phrase_need_not_be_written_again() -> None:
+    wanted = phrases("abcde", "fghij")
+    await door().check_generation("c", ["a"], wanted)
+    with pytest.raises(InvalidRequest, match="need 10 tokens, more than the 9 "):
+        await door().check_generation("c", ["a"], wanted, target_prefix="x")
+    await door().check_generation("c", ["a"], wanted, target_prefix="abc")
+
+
+async def test_a_prompt_leaves_less_room_for_phrases() -> None:
+    """A default length is shortened to what the context leaves; the promise is about that."""
+    options = phrases("abcdef", max_tokens=None)
+    await door(family="decoder_only").check_generation("c", ["a" * 40], options)
+    with pytest.raises(InvalidRequest, match="need 12 tokens, more than the 10 "):
+        await door(family="decoder_only").check_generation("c", ["a" * 40], phrases("abcdef", "ghijkl", max_tokens=None))
+
+
+async def test_too_many_alternatives_for_the_vocabulary_are_refused() -> None:
+    narrow = door(vocab_size=10)
+    await narrow.check_generation("c", [(5,)], DecodingOptions(alternatives=4))
+    with pytest.raises(InvalidRequest, match=r"^options\.alternatives: leave too few"):
+        await narrow.check_generation("c", [(5,)], DecodingOptions(alternatives=4, suppressed_tokens=(4, 5, 6, 7, 8, 9)))
+
+
 async def test_tokenize_has_no_limit_of_tokens() -> None:
     assert await door().tokenize(["a" * 100]) == [(*ids("a" * 100), Tokenizer.EOS)]
     with pytest.raises(InvalidRequest, match=r"^texts\[1\]: "):

@@ -53,10 +53,18 @@ def with_options(rng: random.Random, plain: GenerationRequest) -> GenerationRequ
     )
     if decoding.sampling:
         decoding = replace(decoding, sampling=replace(decoding.sampling, min_p=some(rng.choice([0.05, 0.5]), 0.0)))
-    if decoding.rows <= 5 and rng.random() < 0.3:
+    if decoding.beams > 1 and rng.random() < 0.4:
+        phrases = tuple(tuple(rng.choices(LETTERS, k=rng.randint(1, 3))) for _ in range(rng.randint(1, 3)))
+        barred = {*decoding.adjustments.suppressed_tokens, *decoding.stop_tokens}
+        phrases = tuple(phrase for phrase in phrases if not barred & set(phrase))
+        if sum(map(len, phrases)) <= decoding.max_tokens:
+            adjustments = replace(decoding.adjustments, no_repeat_ngram=0)
+            decoding = replace(decoding, required_phrases=phrases, adjustments=adjustments, stop_strings=())
+    elif decoding.rows <= 5 and rng.random() < 0.3:
         decoding = replace(decoding, alternatives=rng.randint(1, 3), hypotheses=1)
     forced = some(tuple(rng.choices(LETTERS, k=rng.randint(1, 3))), ())
-    return replace(plain, decoding=decoding, forced=forced[: decoding.max_tokens - 1])
+    room = decoding.max_tokens - max(1, sum(map(len, decoding.required_phrases)))
+    return replace(plain, decoding=decoding, forced=forced[: max(0, room)])
 
 
 def rules(request: GenerationRequest) -> Rules:
@@ -73,6 +81,7 @@ def rules(request: GenerationRequest) -> Rules:
         stop_tokens=decoding.stop_tokens,
         stop_strings=decoding.stop_strings,
         decode=tiny.TOKENIZER.decode,
+        required_phrases=decoding.required_phrases,
     )
 
 
@@ -105,6 +114,10 @@ def expected(family: str, request: GenerationRequest, asked: Rules) -> list[refe
     return found[: d.hypotheses]
 
 
+def contains_all(tokens: tuple[int, ...], phrases: tuple[tuple[int, ...], ...]) -> bool:
+    return all(any(tokens[i : i + len(p)] == p for i in range(len(tokens))) for p in phrases)
+
+
 def check(family: str, request: GenerationRequest, events: list) -> None:
     *deltas, last = events
     assert isinstance(last, Finished)
@@ -112,6 +125,7 @@ def check(family: str, request: GenerationRequest, events: list) -> None:
     wanted = expected(family, request, asked)
     assert [list(h.tokens) for h in last.hypotheses] == [h.tokens for h in wanted], request
     for found, want in zip(last.hypotheses, wanted, strict=True):
+        assert contains_all(found.tokens, request.decoding.required_phrases)
         np.testing.assert_allclose(found.log_probabilities, want.log_probabilities, rtol=1e-4, atol=1e-4)
         assert found.score == pytest.approx(want.score, rel=1e-4, abs=1e-4)
         stopped = asked.stop(found.tokens) is not None or found.tokens[-1] in asked.stop_tokens
