@@ -47,9 +47,9 @@ class RequiredPhrases:
         """A member writes its next token."""
         self._member[member] = self._after(self._member[member], token)
 
-    def branch(self, parents: Sequence[int], children: Sequence[int], tokens: Sequence[int]) -> None:
-        """Member children[i] is from now on what parents[i] was, with tokens[i] written."""
-        states = [self._after(self._member[parent], token) for parent, token in zip(parents, tokens, strict=True)]
+    def branch(self, parents: Sequence[int], children: Sequence[int]) -> None:
+        """Member children[i] is from now on what parents[i] was."""
+        states = [self._member[parent] for parent in parents]
         for child, state in zip(children, states, strict=True):
             self._member[child] = state
 

@@ -44,6 +44,8 @@ class Group:
     texts: list[StoppingText] = field(default_factory=list)
     """What each member has written, where stop strings are looked for."""
     phrases: RequiredPhrases | None = None
+    is_adjusted: bool = False
+    """Tokens are chosen from an adjusted distribution."""
 
     @property
     def is_beam(self) -> bool:
@@ -54,14 +56,13 @@ class Group:
         """Greedy or beam search, and nothing else to look after at each step than a least length."""
         decoding = self.request.decoding
         special = decoding.sampling or self.request.forced or self.request.stream or decoding.alternatives
-        return not (special or self.is_adjusted or decoding.stop_tokens or decoding.stop_strings)
+        return not (special or self.is_adjusted or decoding.stop_tokens or self.is_followed)
 
     @property
-    def is_adjusted(self) -> bool:
-        """Tokens are chosen from an adjusted distribution."""
+    def is_followed(self) -> bool:
+        """Each token is looked at: see ``server.progress``."""
         decoding = self.request.decoding
-        early_stop = decoding.min_tokens and decoding.stop_tokens
-        return decoding.adjustments != Adjustments() or bool(early_stop or decoding.required_phrases)
+        return bool(decoding.stop_strings or decoding.required_phrases)
 
     @property
     def enough(self) -> bool:
@@ -97,6 +98,11 @@ class Group:
         return tuple(self.finished[i] for i in sorted(self.finished))
 
 
+def _is_adjusted(decoding: Decoding) -> bool:
+    early_stop = decoding.min_tokens and decoding.stop_tokens
+    return decoding.adjustments != Adjustments() or bool(early_stop or decoding.required_phrases)
+
+
 def _candidates(decoding: Decoding) -> int:
     """How many candidates of each row a step must bring back for such a request."""
     spare = 1 if decoding.min_tokens else 0  # the forbidden end-of-text token may take a place
@@ -126,7 +132,7 @@ class GroupTable:
         self.streams = np.zeros(capacity, bool)
         self.forced_only = np.zeros(capacity, bool)
         self.is_adjusted = np.zeros(capacity, bool)
-        self.has_stop_strings = np.zeros(capacity, bool)
+        self.is_followed = np.zeros(capacity, bool)
         self.has_phrases = np.zeros(capacity, bool)
         self.alternative = np.full(capacity, -1, np.int64)
         """Which of the best tokens follows the forced prefix; -1: none in particular."""
@@ -156,10 +162,10 @@ class GroupTable:
         """... are alternatives, ..."""
         self.with_stop_tokens = 0
         """... end at stop tokens, ..."""
-        self.with_stop_strings = 0
-        """... or at stop strings, ..."""
         self.with_phrases = 0
-        """... or must contain phrases."""
+        """... must contain phrases, ..."""
+        self.followed = 0
+        """... or are followed token by token."""
 
     def __len__(self) -> int:
         """Live requests."""
@@ -213,6 +219,7 @@ class GroupTable:
         rows = decoding.rows // max(1, decoding.alternatives)
         group = self._by_number[number] = self._by_request[request.id] = Group(number, request, rows, family, alternative)
         family.live.append(group)
+        group.is_adjusted = _is_adjusted(decoding)
         self.alternative[number] = alternative if decoding.alternatives else -1
         sampling = decoding.sampling
         self.is_beam[number] = group.is_beam
@@ -229,7 +236,7 @@ class GroupTable:
             self.adjustments.add(number, decoding.adjustments)
         self.stop_tokens[number] = -1
         self.stop_tokens[number, : len(decoding.stop_tokens)] = decoding.stop_tokens
-        self.has_stop_strings[number] = bool(decoding.stop_strings)
+        self.is_followed[number] = group.is_followed
         self.has_phrases[number] = bool(decoding.required_phrases)
         if decoding.required_phrases:
             group.phrases = RequiredPhrases(decoding.required_phrases, rows)
@@ -264,7 +271,7 @@ class GroupTable:
         self.adjusted += change * group.is_adjusted
         self.with_alternatives += change * (decoding.alternatives > 0)
         self.with_stop_tokens += change * bool(decoding.stop_tokens)
-        self.with_stop_strings += change * bool(decoding.stop_strings)
+        self.followed += change * group.is_followed
         self.with_phrases += change * bool(decoding.required_phrases)
         self._most_candidates = None
         if group.is_beam:

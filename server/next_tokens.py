@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.adjusted import AdjustedRows
-from server.beam import BeamStep, agreed_length, beam_step
+from server.beam import agreed_length, beam_step
 from server.groups import Group, GroupTable
 from server.hypotheses import Hypotheses
 from server.kv_cache import Rows
+from server.progress import Progress
 from server.requests import Event, Failed, Failure, Finished, FinishReason, TokensReady
 from server.sampling import draw, forbid, most_probable, nth_possible
 from server.sequence_model import Candidates, SequenceModel
@@ -38,6 +39,7 @@ class NextTokens:
         self.model, self.hypotheses, self.groups = model, hypotheses, groups
         self.end_token, self.emit = end_token, emit
         self._adjusted = AdjustedRows(model, hypotheses, groups, end_token)
+        self._progress = Progress(hypotheses, groups)
         self._every_row = np.arange(len(hypotheses.group))
         self.tokens_written = 0
         """Since the beginning."""
@@ -134,12 +136,8 @@ class NextTokens:
         ended = (tokens[rows] == self.end_token) & ~forced[rows]
         if groups.with_stop_tokens:
             ended |= (tokens[rows, None] == groups.stop_tokens[own]).any(axis=1) & ~forced[rows]
-        for i in np.flatnonzero(groups.has_phrases[own]).tolist() if groups.with_phrases else ():
-            phrases = groups[int(own[i])].phrases  # of a forced row: nothing else of a constrained search comes here
-            assert phrases is not None
-            phrases.write(int(h.member[rows[i]]), int(tokens[rows[i]]))
-        if groups.with_stop_strings:
-            ended |= self._complete_stop_strings(rows, tokens[rows])
+        if groups.followed:
+            ended |= self._progress.write(rows, tokens[rows])
         ended |= (h.length[rows] >= groups.max_tokens[own]) & (~groups.is_beam[own] | choosing[rows])
         ended |= groups.forced_only[own] & (h.length[rows] == groups.forced_length[own])
         for row in rows[groups.streams[own] & ~groups.is_beam[own]].tolist():
@@ -249,9 +247,12 @@ class NextTokens:
             target = step.survivor_target[chosen]
             own_log_p = self._adjusted.own(step.survivor_source[chosen], step.survivor_token[chosen])
             h.log_probabilities[target, h.length[target] - 1] = own_log_p
-        if banks is not None:
-            self._track_phrases(step)
-        stopped: Rows = self._stop_beams(step) if groups.with_stop_strings else step.ended_source[:0]
+        stopped = step.ended_source[:0]
+        if groups.followed:  # a survivor that stops is finished; its row is empty until other hypotheses branch into it
+            stopped = self._progress.branch(step.survivor_source, step.survivor_target, step.survivor_token)
+            for row in stopped.tolist():
+                self._collect(groups[int(h.group[row])], row, FinishReason.STOP)
+            h.total[stopped] = -np.inf
 
         at_limit = h.length[table].max(axis=1, initial=0, where=present) >= groups.max_tokens[numbers]
         empty = just_ended = np.zeros(len(numbers), bool)
@@ -278,41 +279,6 @@ class NextTokens:
         tokens, scores = self.hypotheses.written(row)
         adjusted = float(self.hypotheses.total[row]) if group.is_adjusted else None
         group.finished[len(group.finished)] = group.hypothesis(tokens, scores, reason, adjusted)
-
-    def _complete_stop_strings(self, rows: Rows, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether the text of each row, with its new token, holds a stop string."""
-        h, groups = self.hypotheses, self.groups
-        stopped = np.zeros(len(rows), bool)
-        for i in np.flatnonzero(groups.has_stop_strings[h.group[rows]]).tolist():
-            text = groups[int(h.group[rows[i]])].texts[int(h.member[rows[i]])]
-            text.push((int(tokens[i]),))
-            stopped[i] = text.stopped
-        return stopped
-
-    def _track_phrases(self, step: BeamStep) -> None:
-        """Survivors of constrained searches take over what their parents have written of the phrases."""
-        h = self.hypotheses
-        number = h.group[step.survivor_target]
-        parent, child = h.member[step.survivor_source], h.member[step.survivor_target]
-        for one in np.unique(number).tolist():
-            own, phrases = number == one, self.groups[one].phrases
-            assert phrases is not None
-            phrases.branch(parent[own].tolist(), child[own].tolist(), step.survivor_token[own].tolist())
-
-    def _stop_beams(self, step: BeamStep) -> Rows:
-        """Survivors whose text holds a stop string are finished; their rows [stopped] are empty until others' children come."""
-        h, groups = self.hypotheses, self.groups
-        watched = np.flatnonzero(groups.has_stop_strings[h.group[step.survivor_target]])
-        target = step.survivor_target[watched]
-        parents = zip(h.group[target].tolist(), h.member[step.survivor_source[watched]].tolist(), strict=True)
-        children = [groups[number].texts[member].copy() for number, member in parents]
-        for row, text in zip(target.tolist(), children, strict=True):
-            groups[int(h.group[row])].texts[int(h.member[row])] = text
-        stopped = target[self._complete_stop_strings(target, step.survivor_token[watched])]
-        for row in stopped.tolist():
-            self._collect(groups[int(h.group[row])], row, FinishReason.STOP)
-        h.total[stopped] = -np.inf
-        return stopped
 
     def _send_agreed(self, group: Group, live: Rows) -> None:
         """Reports the tokens on which every hypothesis that may still win agrees: the live ones and the best finished one."""

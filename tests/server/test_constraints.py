@@ -35,7 +35,9 @@ def test_children_take_over_from_parents_as_they_were(phrases: list[tuple[int, .
     tracked, rules = RequiredPhrases(phrases, members=2), Rules(required_phrases=phrases)
     outputs: list[list[int]] = [[], []]
     for first, second in zip(written[::2], written[1::2], strict=False):
-        tracked.branch([1, 0], [0, 1], [first, second])  # each becomes the other's child
+        tracked.branch([1, 0], [0, 1])  # each becomes the other's child
+        tracked.write(0, first)
+        tracked.write(1, second)
         outputs = [[*outputs[1], first], [*outputs[0], second]]
         assert [tracked.need(0), tracked.need(1)] == [rules.need(output) for output in outputs]
 

@@ -172,4 +172,4 @@ def test_mixed_batch_with_options_gives_what_the_reference_decoder_gives(family:
     for request in requests:
         check(family, request, events[request.id])
     assert running.groups.all_plain
-    assert not (running.groups.adjusted or running.groups.with_stop_tokens or running.groups.with_stop_strings)
+    assert not (running.groups.adjusted or running.groups.with_stop_tokens or running.groups.followed)
