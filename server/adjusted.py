@@ -19,6 +19,9 @@ from server.sequence_model import Candidates, SequenceModel
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
+_BLOCK = 64
+"""Tokens that are compared as one before the best are sorted out."""
+
 
 class AdjustedRows:
     """The adjusted distributions of one step."""
@@ -26,7 +29,8 @@ class AdjustedRows:
     def __init__(self, model: SequenceModel, hypotheses: Hypotheses, groups: GroupTable, end_token: int) -> None:
         self._model, self._hypotheses, self._groups, self._end_token = model, hypotheses, groups, end_token
         self._place = np.zeros(model.rows, np.intp)
-        self._own = np.empty((0, 0), np.float32)
+        self._logits = np.empty((0, 0), np.float32)
+        self._shift = np.empty(0, np.float32)
         self._adjusted = np.empty((0, 0), np.float32)
 
     def read(self, rows: Rows, candidates: Candidates, top: Floats) -> Candidates:
@@ -42,11 +46,10 @@ class AdjustedRows:
         ids, log_p = candidates
         group, length = h.group[rows], h.length[rows]
         tokens = h.tokens[rows, : int(length.max())]
-        logits = self._model.logits(rows)
+        self._logits = self._model.logits(rows)
         # The best token's logit and log-probability differ by the same constant as any other's.
-        self._own = logits - (logits[np.arange(len(rows)), ids[rows, 0]] - top[rows])[:, None]
-        self._adjusted = self._own.copy()
-        groups.adjustments.reweigh(self._adjusted, group, tokens, length, logits)
+        self._shift = top[rows] - self._logits[np.arange(len(rows)), ids[rows, 0]]
+        self._adjusted = groups.adjustments.reweigh(self._logits, self._shift, group, tokens, length)
         groups.adjustments.suppress(self._adjusted, group)
         too_short = length < groups.min_tokens[group]
         for i in np.flatnonzero(groups.has_phrases[group]).tolist():
@@ -61,7 +64,7 @@ class AdjustedRows:
         self._place[rows] = np.arange(len(rows))
         ids, log_p = ids.copy(), log_p.copy()
         width = min(int(groups.candidates[group].max()), ids.shape[1])
-        best = _best(self._adjusted, width)
+        best = best_tokens(self._adjusted, width)
         ids[rows, :width] = best
         log_p[rows, :width] = np.take_along_axis(self._adjusted, best, axis=1)
         log_p[rows, width:] = -np.inf
@@ -107,16 +110,22 @@ class AdjustedRows:
 
     def own(self, rows: Rows, tokens: Ids) -> Floats:
         """The model's own log-probability of tokens[i] [B] in row rows[i]."""
-        return self._own[self._place[rows], tokens]
+        place = self._place[rows]
+        return self._logits[place, tokens] + self._shift[place]
 
 
-def _best(log_p: Floats, width: int) -> Ids:
+def best_tokens(log_p: Floats, width: int) -> Ids:
     """Ids [B, W] of the ``width`` best tokens of each row of [B, V], best first; of equals the lowest id first."""
     if width == 1:
         return log_p.argmax(axis=1)[:, None]
-    if width < log_p.shape[1]:
-        best = np.sort(np.argpartition(-log_p, width - 1, axis=1)[:, :width], axis=1)
-    else:
-        best = np.broadcast_to(np.arange(log_p.shape[1]), log_p.shape)
-    order = np.argsort(-np.take_along_axis(log_p, best, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(best, order, axis=1)
+    rows, vocab_size = log_p.shape
+    blocks = vocab_size // _BLOCK
+    heads = log_p[:, : blocks * _BLOCK].reshape(rows, _BLOCK, blocks).max(axis=1)
+    heads = np.concatenate([heads, log_p[:, blocks * _BLOCK :]], axis=1)
+    # So many tokens as blocks are at least as good as the block that comes ``width``-th: the best ones are among them.
+    at = heads.shape[1] - width
+    floor = np.partition(heads, at, axis=1)[:, at] if at > 0 else np.full(rows, -np.inf, np.float32)
+    row, token = np.divmod(np.flatnonzero(log_p >= floor[:, None]), vocab_size)
+    order = np.lexsort((-log_p[row, token], row))
+    first = np.searchsorted(row, np.arange(rows))
+    return token[order][first[:, None] + np.arange(width)]

@@ -87,7 +87,7 @@ class Door:
         decoding = replace(decoding, required_phrases=await self._encode_phrases(phrases, decoding, complaints))
         # What may not be the next token: what is suppressed, what would end the text, and after a prefix any n-gram's last one.
         excluded = len(decoding.adjustments.suppressed_tokens) + len(decoding.stop_tokens) + 1 + len(forced)
-        if decoding.alternatives > self._model.vocab_size - excluded:
+        if decoding.alternatives > max(0, self._model.vocab_size - excluded):
             complaints.refuse("options.alternatives", "leave too few tokens to choose from")
         requests = []
         for position, (one, ids) in enumerate(zip(named, all_ids, strict=True)):

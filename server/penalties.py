@@ -16,6 +16,9 @@ Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Numbers = NDArray[np.int32]
 
+_MOST_LOST = 0.9
+"""A row whose changed tokens had more of the probability than this is summed up again."""
+
 
 class AdjustmentTable:
     """The adjustments of the live requests: arrays of one entry per group number, lists where their lengths differ."""
@@ -45,26 +48,41 @@ class AdjustmentTable:
         self._bias.pop(number, None)
         self._suppressed.pop(number, None)
 
-    def reweigh(self, log_p: Floats, group: Numbers, tokens: Numbers, length: Numbers, logits: Floats) -> None:
-        """Replaces ``log_p`` [B, V] by the log-softmax of the adjusted ``logits`` [B, V] where a request changes them.
+    def reweigh(self, logits: Floats, shift: Floats, group: Numbers, tokens: Numbers, length: Numbers) -> Floats:
+        """The log-probabilities [B, V] of the adjusted distributions, before anything is forbidden.
 
         Args:
-            group: [B]. tokens: [B, T] written so far. length: [B].
+            logits: [B, V]. shift: [B] makes log-probabilities of them. group: [B]. tokens: [B, T] written so far. length: [B].
         """
+        log_p = logits + shift[:, None]
         chosen = np.flatnonzero(self._reweighs[group])
         if not len(chosen):
-            return
-        group, adjusted = group[chosen], logits[chosen]
-        row, token, count = written_counts(tokens[chosen], length[chosen], logits.shape[1])
-        value, own = adjusted[row, token], group[row]
-        penalty = self._repetition[own]
+            return log_p
+        vocab_size, group = logits.shape[1], group[chosen]
+        row, token, count = written_counts(tokens[chosen], length[chosen], vocab_size)
+        own, row = group[row], chosen[row]
+        value, penalty = logits[row, token], self._repetition[own]
         value = np.where(value > 0, value / penalty, value * penalty)
-        adjusted[row, token] = value - self._frequency[own] * count - self._presence[own]
-        for number in self._bias.keys() & set(group.tolist()):
-            ids, gain = self._bias[number]
-            adjusted[np.ix_(np.flatnonzero(group == number), ids)] += gain
-        adjusted -= adjusted.max(axis=1, keepdims=True)
-        log_p[chosen] = adjusted - np.log(np.exp(adjusted).sum(axis=1, keepdims=True))
+        value = value - self._frequency[own] * count - self._presence[own] + shift[row]
+        changed = [row * vocab_size + token]
+        biased = [(chosen[i], *self._bias[number]) for i, number in enumerate(group.tolist()) if number in self._bias]
+        changed += [row * vocab_size + ids for row, ids, _ in biased]
+        cell = np.unique(np.concatenate(changed))
+        cell_row, before = cell // vocab_size, log_p.reshape(-1)[cell]
+        log_p[row, token] = value
+        for one, ids, gain in biased:
+            log_p[one, ids] += gain
+        # Only these cells have another probability, so the sum over the vocabulary follows from theirs.
+        after = log_p.reshape(-1)[cell]
+        lost = np.bincount(cell_row, np.exp(before, dtype=np.float64), len(log_p))[chosen]
+        gained = np.bincount(cell_row, np.exp(after, dtype=np.float64), len(log_p))[chosen]
+        whole = 1 - lost + gained
+        for i in np.flatnonzero(lost > _MOST_LOST).tolist():  # little is left of 1, and that imprecise
+            whole[i] = np.exp(log_p[chosen[i]], dtype=np.float64).sum()
+        surplus = np.zeros(len(log_p), np.float32)
+        surplus[chosen] = np.log(whole)
+        log_p -= surplus[:, None]
+        return log_p
 
     def suppress(self, log_p: Floats, group: Numbers) -> None:
         """Makes -inf of what a row's request [B] suppresses."""
@@ -80,7 +98,8 @@ class AdjustmentTable:
             row = chosen[row]
             before = log_p[row, token]
             log_p[row, token] = -np.inf
-            stuck = log_p[row].max(axis=1, initial=-np.inf) == -np.inf
+            touched, of = np.unique(row, return_inverse=True)
+            stuck = np.isneginf(log_p[touched].max(axis=1, initial=-np.inf))[of]
             log_p[row[stuck], token[stuck]] = before[stuck]
 
 

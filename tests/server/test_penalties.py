@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.decoding_rules import Rules
+from server.adjusted import best_tokens
 from server.penalties import AdjustmentTable
 from server.requests import Adjustments
 
@@ -28,7 +29,7 @@ def requests(draw) -> Adjustments:
 
 
 ROWS = st.lists(
-    st.tuples(st.integers(0, 2), st.lists(TOKENS, max_size=12), st.lists(st.floats(-4, 4, width=32), min_size=V, max_size=V)),
+    st.tuples(st.integers(0, 2), st.lists(TOKENS, max_size=12), st.lists(st.floats(-9, 9, width=32), min_size=V, max_size=V)),
     min_size=1,
     max_size=6,
 )
@@ -48,8 +49,8 @@ def test_every_row_is_adjusted_as_if_alone(asked: list[Adjustments], rows: list)
     for row, (_, written, _) in enumerate(rows):
         tokens[row, : len(written)] = written
     logits = np.array([values for *_, values in rows], np.float32)
-    adjusted = np.log(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
-    table.reweigh(adjusted, group, tokens, length, logits)
+    shift = -np.log(np.exp(logits).sum(axis=1))
+    adjusted = table.reweigh(logits, shift, group, tokens, length)
     table.suppress(adjusted, group)
     table.forbid_repeats(adjusted, group, tokens, length)
     for found, (number, written, values) in zip(adjusted, rows, strict=True):
@@ -65,3 +66,13 @@ def test_every_row_is_adjusted_as_if_alone(asked: list[Adjustments], rows: list)
         _, wanted = rules.distributions(torch.tensor(values), written)
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
         assert np.isfinite(found).any()
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_the_best_tokens_are_those_of_a_sort(vocab_size: int, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    log_p = -rng.integers(0, 30, (3, vocab_size)).astype(np.float32)  # with many equals
+    log_p[rng.random(log_p.shape) < 0.2] = -np.inf
+    width = min(width, vocab_size)
+    wanted = np.argsort(-log_p, axis=1, kind="stable")[:, :width]
+    assert (best_tokens(log_p, width) == wanted).all()
