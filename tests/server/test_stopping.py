@@ -15,7 +15,7 @@ STRINGS = st.lists(st.text("ab é😀", min_size=1, max_size=5), min_size=1, max
 
 
 @given(IDS, STRINGS, st.integers(0, 8), st.lists(st.integers(4, 300), max_size=3))
-@example(TOKENIZER.encode_text("aabab"), ["abb", "b"], 2, [])
+@example([TOKENIZER.encode_text(letter)[0] for letter in "aba"], ["abb", "b"], 2, [])  # "b" is held back, but came too early
 def test_text_ends_at_the_first_stop_that_counts(ids, strings, quiet, stop_tokens) -> None:
     rules = Rules(min_tokens=quiet, stop_strings=strings, stop_tokens=stop_tokens, decode=TOKENIZER.decode)
     stopping = StoppingText(TOKENIZER.stream(), strings, stop_tokens, quiet=quiet)
