@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -11,6 +12,12 @@ from enum import StrEnum
 
 REQUEST_ID = "x-request-id"
 """Metadata key under which a caller may name its call, and under which the name comes back."""
+
+TENANT = "x-tenant"
+"""Metadata key under which a caller says whose share of the server it uses."""
+PRIORITY = "x-priority"
+"""Metadata key for how urgent a call is: low, normal or high; anything else is normal."""
+PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 
@@ -47,13 +54,24 @@ class Call:
     request_id: str
     model: str = ""
     """Empty until a model of this server has been found: no stranger's text becomes a metric label."""
+    tenant: str = ""
+    """As the caller wrote it."""
+    priority: int = 0
+    """Larger goes first."""
     outcome: Outcome = Outcome.OK
+    longest_seconds: float = math.inf
+    """Until its deadline, counted from its beginning."""
     started: float = field(default_factory=time.perf_counter)
 
     @property
     def seconds(self) -> float:
         """Time since the call began."""
         return time.perf_counter() - self.started
+
+    @property
+    def seconds_left(self) -> float:
+        """Until its deadline; below 0 when that has passed."""
+        return self.longest_seconds - self.seconds
 
 
 current_call: ContextVar[Call] = ContextVar("current_call")

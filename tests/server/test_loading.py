@@ -13,13 +13,13 @@ import pytest
 
 from export.bundle import BundleError
 from server.client import CallError, Generation, Options, Sampling, StreamedGeneration, StreamedText, TransformerClient
-from server.config import Device, EngineOptions, ServerOptions
+from server.config import Device, EngineOptions, EnginePlace, ServerOptions
 from server.loading import load_model
 from server.metrics import Metrics
 from server.server import Server
 from tests import tiny
 
-ENGINE = EngineOptions(device=Device.CPU, max_rows=8, threads=1)
+ENGINE = EngineOptions(device=Device.CPU, max_rows=8, threads=1, place=EnginePlace.IN_PROCESS)
 
 
 @pytest.fixture
