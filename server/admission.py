@@ -46,7 +46,7 @@ class Forecast:
     wait: float
     """Seconds until its requests have their turn, as far as is known."""
     seconds_each: float
-    """Seconds from a request's turn to its end; 0 while not known."""
+    """Seconds from a request's turn to its end, which few requests exceed; 0 while not known."""
     per_second: float | None
     """Requests served each second; None while not known."""
 

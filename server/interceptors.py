@@ -24,9 +24,11 @@ from server.call import (
     PRIORITY,
     REQUEST_ID,
     TENANT,
+    TRACEPARENT,
     Call,
     DeadlinePassed,
     Outcome,
+    Trace,
     accepted_request_id,
     current_call,
 )
@@ -84,7 +86,7 @@ class Guard(grpc.aio.ServerInterceptor):
             call = _begin(method, context)
             current_call.set(call)
             # Trailing, not initial: once initial metadata is out, clients no longer retry elsewhere what this server refuses.
-            context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+            context.set_trailing_metadata(((REQUEST_ID, call.request_id), (TRACEPARENT, call.trace.header)))
             async with _answered(call, context, self._on_end if metered else _ignore):
                 if request is _UNDECODABLE:
                     raise InvalidRequest([Violation("request", f"the bytes are not a request message of {method}")])
@@ -104,6 +106,7 @@ def _begin(method: str, context: grpc.aio.ServicerContext) -> Call:
     return Call(
         method=method.rpartition("/")[2],
         request_id=accepted_request_id(metadata.get(REQUEST_ID)),
+        trace=Trace.continued(metadata.get(TRACEPARENT)),
         tenant=tenant if isinstance(tenant, str) else "",
         priority=PRIORITIES.get(metadata.get(PRIORITY, ""), 0),
     )
@@ -162,7 +165,7 @@ async def _answered(call: Call, context: grpc.aio.ServicerContext, on_end: Calla
         _log.error("call failed", exc_info=error, extra={"method": call.method, "model": call.model})
     status = status_of(error, call.request_id)
     try:
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        await context.abort(status.code, status.details, (*status.trailing_metadata, (TRACEPARENT, call.trace.header)))
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
 

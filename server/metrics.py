@@ -49,6 +49,9 @@ class Metrics:
         self._given = self._histogram("request_output_tokens", "Tokens of each hypothesis returned.", _TOKENS, "model")
         self._input_tokens = self._counter("input_tokens", "Input tokens the engine encoded or prefilled.", "model")
         self._output_tokens = self._counter("output_tokens", "Output tokens the engine computed, those of every beam.", "model")
+        self._wasted_tokens = self._counter(
+            "wasted_tokens", "Output tokens computed for requests that were cancelled or whose deadline passed.", "model"
+        )
         self._steps = self._counter("steps", "Engine steps.", "model")
         self._step_rows = self._counter("step_rows", "Rows decoded, summed over engine steps.", "model")
         self._step_seconds = self._counter(
@@ -88,7 +91,7 @@ class Metrics:
         """Announces a model; its series begin at 0 rather than with the first call."""
         facts = (model.family, model.task, model.precision, model.device, model.fingerprint)
         self._info.labels(model.name, *facts).set(1)
-        for family in (self._input_tokens, self._output_tokens, self._steps, self._step_rows):
+        for family in (self._input_tokens, self._output_tokens, self._wasted_tokens, self._steps, self._step_rows):
             family.labels(model.name)
         for loss in Loss:
             self._engine_restarts.labels(model.name, loss)
@@ -130,6 +133,7 @@ class Metrics:
         self._step.labels(model).observe(stats.seconds)
         self._input_tokens.labels(model).inc(stats.encoded_tokens)
         self._output_tokens.labels(model).inc(stats.new_tokens)
+        self._wasted_tokens.labels(model).inc(stats.wasted_tokens)
         for seconds in stats.queue_seconds:
             self._queued.labels(model).observe(seconds)
 

@@ -40,8 +40,8 @@ class Supervision:
     """A process that is not warm by then is killed."""
     first_backoff_seconds: float = 0.1
     """Before a second start in a row that fails; doubled with each further one."""
-    longest_backoff_seconds: float = 30.0
-    healthy_seconds: float = 30.0
+    longest_backoff_seconds: float = 5.0
+    healthy_seconds: float = 10.0
     """A process that has lived this long ends the row."""
 
 

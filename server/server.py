@@ -58,6 +58,11 @@ class Server:
         self._force = asyncio.Event()
 
     @property
+    def models(self) -> Models:
+        """With their queues in front of their engines."""
+        return self._models
+
+    @property
     def serving(self) -> bool:
         """What health says."""
         return self._health.serving

@@ -18,10 +18,12 @@ from server.call import current_call
 from server.engine_client import EngineClient, EngineStatus
 from server.fair_queue import FairQueue
 from server.in_flight import SHUTTING_DOWN
-from server.requests import EncodingRequest, Event, Failed, GenerationRequest, TokensReady
+from server.requests import EncodingRequest, Event, Failed, Failure, GenerationRequest, TokensReady
 from server.service_rate import ServiceRate
 
 Request = GenerationRequest | EncodingRequest
+
+TOO_LATE = Failed(Failure.OVERLOADED, "the server is busy: the answer would have come after the call's deadline")
 
 _LOOKAHEAD = 0.25
 """Of the engine's rows: requests given to it before there are rows for them."""
@@ -70,7 +72,7 @@ class WaitingRoom:
         name, tenant = self._limits.tenant(call.tenant if call else "")
         ahead = self._queue.ahead_of(name, weight=tenant.weight, priority=call.priority if call else 0)
         wait = self._rate.wait(ahead + self._engine.status.waiting_requests) if ahead else 0.0
-        return Forecast(wait=wait, seconds_each=self._rate.seconds_each or 0.0, per_second=self._rate.per_second)
+        return Forecast(wait=wait, seconds_each=self._rate.most_seconds_each, per_second=self._rate.per_second)
 
     @contextmanager
     def admit(self, requests: Sequence[Request]) -> Iterator[None]:
@@ -91,6 +93,10 @@ class WaitingRoom:
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         if self._draining or ((self._queue or not self._has_room) and not await self._turn(request)):
             yield SHUTTING_DOWN
+            return
+        if self._is_hopeless:
+            self._let_in()
+            yield TOO_LATE
             return
         began, counted = self._clock(), False
         try:
@@ -123,6 +129,12 @@ class WaitingRoom:
             return True  # it says so itself, at once
         free = max(0, status.row_capacity - status.live_rows)
         return status.waiting_requests + self._called < free + max(1, int(_LOOKAHEAD * status.row_capacity))
+
+    @property
+    def _is_hopeless(self) -> bool:
+        """The running call's answer would come after its deadline: nothing is computed for it."""
+        call = current_call.get(None)
+        return call is not None and call.seconds_left < (self._rate.seconds_each or 0.0) and self.status.waiting_requests > 0
 
     async def _turn(self, request: Request) -> bool:
         """Waits for the request's turn; False when the server stops before."""

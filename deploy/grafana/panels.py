@@ -271,10 +271,11 @@ SECTIONS: list[tuple[str, list[Panel]]] = [
             ),
             Panel(
                 title="Tokens/s",
-                description="Input tokens encoded or prefilled, output tokens emitted.",
+                description="Input tokens encoded or prefilled, output tokens emitted, and those of callers who left.",
                 queries=[
                     (f"sum({rate('transformer_input_tokens_total')})", "input"),
                     (f"sum({rate('transformer_output_tokens_total')})", "output"),
+                    (f"sum({rate('transformer_wasted_tokens_total')})", "wasted"),
                 ],
             ),
             Panel(

@@ -19,6 +19,7 @@ COUNTERS = {
     "transformer_requests_total": {"model", "method", "outcome"},
     "transformer_input_tokens_total": {"model"},
     "transformer_output_tokens_total": {"model"},
+    "transformer_wasted_tokens_total": {"model"},
     "transformer_steps_total": {"model"},
     "transformer_engine_restarts_total": {"model", "reason"},
     "transformer_step_rows_total": {"model"},
@@ -58,6 +59,7 @@ STEP = StepStats(
     waiting_requests=0,
     waiting_tokens=0,
     queue_seconds=(0.001, 0.002),
+    wasted_tokens=2,
 )
 
 
@@ -121,6 +123,7 @@ def test_a_step_becomes_its_series() -> None:
     assert value("step_rows_total") == 15
     assert value("input_tokens_total") == 51
     assert value("output_tokens_total") == 12
+    assert value("wasted_tokens_total") == 6
     assert value("step_seconds_total", part="runtime") == pytest.approx(0.024)
     assert value("step_seconds_total", part="host") == pytest.approx(0.006)
     assert value("step_duration_seconds_count") == 3

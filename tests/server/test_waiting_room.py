@@ -13,7 +13,7 @@ from server.call import Call, current_call
 from server.engine_client import EngineStatus
 from server.in_flight import NOT_RUNNING, SHUTTING_DOWN
 from server.requests import Decoding, Event, Failed, Finished, GenerationRequest
-from server.waiting_room import WaitingRoom
+from server.waiting_room import TOO_LATE, WaitingRoom
 from tests.server.fake_engine import FakeEngine, Request, Step, hypothesis
 
 DONE = Finished((hypothesis((5, 2)),))
@@ -162,6 +162,27 @@ async def test_a_call_that_would_be_late_is_refused_and_another_tenants_is_not()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
+    now = 0.0
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    (first,) = enter(room, "first")
+    await settle()
+    now += 3.0
+    engine.let_go("first")
+    assert await first == [DONE]
+    tasks = enter(room, "r0", "r1")
+    with call(seconds=2.0):
+        tasks.append(asyncio.create_task(collect(room, "hurried")))
+    tasks += enter(room, "r2")
+    await settle()
+    for name in ("r0", "r1", "r2"):
+        engine.let_go(name)
+        await settle()
+    assert await asyncio.gather(*tasks) == [[DONE], [DONE], [TOO_LATE], [DONE]]
+    assert "hurried" not in names(engine)
 
 
 async def test_what_waits_ends_with_the_engine() -> None:
