@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import subprocess
@@ -63,7 +64,8 @@ class ServerProcess:
 @asynccontextmanager
 async def server_process(bundle: Path, *arguments: str) -> AsyncIterator[ServerProcess]:
     """Serves a bundle on free ports until the block ends. Raises ServerError."""
-    command = [sys.executable, "-m", "server", str(bundle), "--port", "0", "--http-port", "0", *arguments]
+    free = ("--port", "0", "--http-port", "0")  # the last of two flags counts
+    command = [sys.executable, "-m", "server", str(bundle), *free, *arguments]
     process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
     assert process.stderr is not None
     ports: dict[str, int] = {}
@@ -82,7 +84,8 @@ async def server_process(bundle: Path, *arguments: str) -> AsyncIterator[ServerP
         yield ServerProcess(process.pid, ports["port"], ports["http_port"])
     finally:
         if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
         await process.wait()
     await rest
 
