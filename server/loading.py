@@ -29,6 +29,7 @@ _ROWS = {"cpu": 64, "cuda": 256}
 """Rows of the running batch where none are asked for: beyond these, more rows only make each step longer."""
 _ROWS_OF_SEVERAL = 32
 """Of each engine, where there are several: memory grows with all of them."""
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _PRECISIONS = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What runs on each device, the fastest first."""
 
@@ -135,7 +136,17 @@ def _choose_engines(device: str, options: EngineOptions) -> int:
 
 def _usual_threads() -> int:
     """One core stays free for the service: on two cores, a second thread in ONNX Runtime halves what is served."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    return max(1, _cores() - 1)
+
+
+def _cores() -> int:
+    """Cores that this process may use: a container sees all of its node's, and is held to a quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = _CPU_QUOTA.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return cores
 
 
 def _choose_rows(bundle: Bundle, device: str, precision: str, options: EngineOptions, engines: int) -> int:

@@ -38,7 +38,7 @@ class ToyModel:
             for row in own.tolist():
                 self.sources[row], self.targets[row] = tuple(source), ()
 
-    def decode(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], top_k: int) -> Candidates:
+    def decode(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], top_k: int, *, keep_logits: bool) -> Candidates:
         self._last = np.empty((len(tokens), VOCABULARY), np.float32)
         for row, (token, position) in enumerate(zip(tokens.tolist(), positions.tolist(), strict=True)):
             target = self.targets[row]

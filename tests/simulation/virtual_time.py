@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -41,4 +42,20 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     try:
         return loop.run_until_complete(main)
     finally:
+        _end_all(loop)
         loop.close()
+
+
+def _end_all(loop: asyncio.AbstractEventLoop) -> None:
+    """What a run that failed has left: it must not go on in the next one."""
+    loop.set_exception_handler(lambda loop, context: None)  # it has been told by now
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+
+    async def end() -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await loop.shutdown_asyncgens()
+
+    with contextlib.suppress(Deadlock):
+        loop.run_until_complete(end())
