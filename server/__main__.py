@@ -13,7 +13,7 @@ import typer
 
 from export.bundle import BundleError
 from server.admission import AdmissionLimits
-from server.config import ConfigError, Device, EngineOptions, Precision, ServerOptions, parse_size
+from server.config import ConfigError, Device, EngineOptions, EnginePlace, Precision, ServerOptions, parse_size, parse_tenants
 from server.loading import load_model
 from server.logs import LogLevel, configure_logging
 from server.metrics import Metrics
@@ -37,16 +37,43 @@ def serve(
     cache_memory: Annotated[
         str | None, typer.Option(help="Most memory of each model's caches, like 2GiB; fewer rows fit into less.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each model.", show_default="all cores but one")] = None,
+    engine: Annotated[
+        EnginePlace, typer.Option(help="Where engines run: in processes that are watched and replaced, or in this one.")
+    ] = _ENGINE.place,
+    engines: Annotated[
+        int | None,
+        typer.Option(
+            help="Engine processes of each model, which share its requests, rows and cache memory.",
+            show_default="on a CPU, all cores but one over the threads of each; on a GPU one",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads of each engine.", show_default="1 where there are several, else all cores but one"),
+    ] = None,
+    stall_seconds: Annotated[
+        float, typer.Option(help="An engine process that has work and makes no progress for this long is replaced.")
+    ] = _ENGINE.stall_seconds,
     max_waiting_requests: Annotated[
         int, typer.Option(help="Inputs that may wait for one model.")
     ] = _ADMISSION.max_waiting_requests,
     max_waiting_tokens: Annotated[
         int, typer.Option(help="Tokens of inputs that may wait for one model.")
     ] = _ADMISSION.max_waiting_tokens,
+    default_call_seconds: Annotated[
+        float, typer.Option(help="Deadline of calls that bring none.")
+    ] = _OPTIONS.default_call_seconds,
     longest_call_seconds: Annotated[
-        float, typer.Option(help="Deadline of calls that bring none, and cap on those that do.")
+        float, typer.Option(help="Cap on the deadline of calls that bring one.")
     ] = _OPTIONS.longest_call_seconds,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A tenant, named by callers in the metadata key x-tenant: its share of the rows, and how many of its requests"
+            " may wait. Repeat for several; all other callers share one of weight 1.",
+            metavar="NAME[=WEIGHT][:MAX_WAITING]",
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(help="How long calls in flight may go on after SIGTERM.")
     ] = _OPTIONS.drain_seconds,
@@ -59,24 +86,33 @@ def serve(
     """
     configure_logging(log_level)
     try:
-        engine = EngineOptions(
+        engine_options = EngineOptions(
             device=device,
             precision=precision,
             max_rows=max_rows,
             cache_memory=parse_size(cache_memory) if cache_memory else None,
             threads=threads,
+            place=engine,
+            engines=engines,
+            stall_seconds=stall_seconds,
         )
         options = ServerOptions(
             host=host,
             port=port,
             http_port=http_port,
             reflection=reflection,
+            default_call_seconds=default_call_seconds,
             longest_call_seconds=longest_call_seconds,
             drain_seconds=drain_seconds,
-            admission=AdmissionLimits(max_waiting_requests=max_waiting_requests, max_waiting_tokens=max_waiting_tokens),
+            admission=AdmissionLimits(
+                max_waiting_requests=max_waiting_requests,
+                max_waiting_tokens=max_waiting_tokens,
+                tenants=parse_tenants(tenant or []),
+            ),
         )
         metrics = Metrics(metadata.version("transformer-serving"))
-        server = Server([load_model(path, engine, metrics.step_done) for path in bundles], options, metrics)
+        models = [load_model(path, engine_options, metrics.step_done, metrics.engine_lost) for path in bundles]
+        server = Server(models, options, metrics)
     except (ConfigError, BundleError) as error:
         raise _end(error, 2) from None
     except RuntimeUnavailable as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from server.admission import AdmissionLimits
+from server.admission import AdmissionLimits, Tenant
 
 
 class Device(StrEnum):
@@ -21,6 +22,13 @@ class Precision(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     INT8 = "int8"
+
+
+class EnginePlace(StrEnum):
+    PROCESS = "process"
+    """A process of its own for each engine: one that dies or hangs is replaced while the service goes on."""
+    IN_PROCESS = "in-process"
+    """A thread of the server: nothing to start, nothing that survives a fault."""
 
 
 class ConfigError(ValueError):
@@ -43,12 +51,45 @@ class EngineOptions:
     cache_memory: int | None = None
     """Most bytes that each model's caches may take; rows are cut to fit. None: as many as the rows need."""
     threads: int | None = None
-    """Threads inside ONNX Runtime on the CPU; None: one for each core but one, which the service needs."""
+    """Threads of each engine inside ONNX Runtime on the CPU; None: one where there are several engines, otherwise one for each
+    core but one, which the service needs."""
+    place: EnginePlace = EnginePlace.PROCESS
+    engines: int | None = None
+    """Engines of each model, which share its requests, rows and cache memory. None: on a CPU, as many as keep all cores but one
+    busy; on a GPU one."""
+    stall_seconds: float = 8.0
+    """An engine process that has work and makes no progress for this long is killed and replaced."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("max_rows", "cache_memory", "threads") if getattr(self, name) is not None]
-        if problems := _below(self, dict.fromkeys(given, 1)):
+        given = [name for name in ("max_rows", "cache_memory", "threads", "engines") if getattr(self, name) is not None]
+        problems = _below(self, dict.fromkeys(given, 1))
+        if not self.stall_seconds > 0:
+            problems.append(f"stall_seconds must be above 0, not {self.stall_seconds:g}")
+        if self.place is EnginePlace.IN_PROCESS and (self.engines or 1) > 1:
+            problems.append(f"engines must be 1 in the server's own process, not {self.engines}")
+        if problems:
             raise ConfigError(problems)
+
+
+def parse_tenants(texts: Iterable[str]) -> dict[str, Tenant]:
+    """Tenants by name, each written ``NAME[=WEIGHT][:MAX_WAITING]``, for example "search=4:200".
+
+    Raises:
+        ConfigError: for anything else, and for two of one name.
+    """
+    tenants: dict[str, Tenant] = {}
+    problems = []
+    for text in texts:
+        match = re.fullmatch(r"([A-Za-z0-9._-]{1,64})(?:=(\d+(?:\.\d+)?))?(?::(\d+))?", text)
+        if match is None or float(match[2] or 1) == 0 or match[3] == "0":
+            problems.append(f"a tenant is written NAME[=WEIGHT][:MAX_WAITING], with numbers above 0, not {text!r}")
+        elif match[1] in tenants:
+            problems.append(f"two tenants are named {match[1]!r}")
+        else:
+            tenants[match[1]] = Tenant(weight=float(match[2] or 1), max_waiting=int(match[3]) if match[3] else None)
+    if problems:
+        raise ConfigError(problems)
+    return tenants
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -114,8 +155,10 @@ class ServerOptions:
     http_port: int = 8080
     """Of /metrics; 0 takes a free one."""
     reflection: bool = False
+    default_call_seconds: float = 60.0
+    """The deadline of a call that brings none, if it is not above the longest."""
     longest_call_seconds: float = 600.0
-    """The deadline of a call that brings none, and the cap on one that does."""
+    """The cap on the deadline of a call that brings one."""
     write_timeout_seconds: float = 30.0
     """A stream that is not read for this long is ended."""
     drain_seconds: float = 30.0
@@ -135,7 +178,7 @@ class ServerOptions:
         problems += _below(self.admission, {"max_waiting_requests": 1, "max_waiting_tokens": 1})
         problems += [
             f"{name} must be above 0, not {getattr(self, name):g}"
-            for name in ("longest_call_seconds", "write_timeout_seconds")
+            for name in ("default_call_seconds", "longest_call_seconds", "write_timeout_seconds")
             if not getattr(self, name) > 0
         ]
         if not self.host:

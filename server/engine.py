@@ -84,6 +84,7 @@ class Engine:
         self._prefill: _Prefill | None = None
         self._events: list[Addressed] = []
         self._work = _StepWork()
+        self._wasted_tokens = 0
         self._next = NextTokens(model, self.hypotheses, self.groups, end_token, self._emit)
 
     @property
@@ -103,7 +104,9 @@ class Engine:
             return
         group = self.groups.of_request(request_id)
         for one in list(group.family.live) if group else ():
-            self._leave(self._rows_of(one))
+            rows = self._rows_of(one)
+            self._wasted_tokens += int(self.hypotheses.length[rows].sum())
+            self._leave(rows)
             self.groups.remove(one)
 
     def step(self) -> tuple[list[Addressed], StepStats]:
@@ -117,7 +120,7 @@ class Engine:
             self._work.new_tokens = self._next.tokens_written - written
             if len(gone):
                 self._leave(gone)
-        work = self._work
+        work, wasted_tokens, self._wasted_tokens = self._work, self._wasted_tokens, 0
         return self._events, StepStats(
             seconds=self.clock() - started,
             runtime_seconds=work.runtime_seconds,
@@ -131,6 +134,7 @@ class Engine:
             waiting_requests=len(self.scheduler) + (self._prefill is not None),
             waiting_tokens=self.scheduler.waiting_tokens,
             queue_seconds=work.queue_seconds,
+            wasted_tokens=wasted_tokens,
         )
 
     # Joining

@@ -13,26 +13,15 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from server.engine import Addressed
 from server.engine_client import EngineStatus
-from server.requests import EncodingRequest, Event, Failed, Failure, GenerationRequest, TokensReady
+from server.in_flight import STOPPED, InFlight
+from server.requests import Event
 from server.step_stats import StepStats
+from server.stepper import Command, Request, Stepper, apply
 
 log = logging.getLogger(__name__)
-
-Request = GenerationRequest | EncodingRequest
-
-
-class Stepper(Protocol):
-    """What ``Engine`` and ``EncodingEngine`` have in common."""
-
-    @property
-    def has_work(self) -> bool: ...
-    def submit(self, request: Request, /) -> None: ...
-    def cancel(self, request_id: str, /) -> None: ...
-    def step(self) -> tuple[list[Addressed], StepStats]: ...
 
 
 @dataclass(slots=True)
@@ -40,11 +29,10 @@ class _Inbox:
     """Commands on their way to the engine's thread; every field under ``changed``."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    commands: deque[Request | str] = field(default_factory=deque)
-    """A request to submit, or the id of one to cancel."""
+    commands: deque[Command] = field(default_factory=deque)
     closed: bool = False
 
-    def put(self, command: Request | str) -> None:
+    def put(self, command: Command) -> None:
         with self.changed:
             self.commands.append(command)
             self.changed.notify()
@@ -54,7 +42,7 @@ class _Inbox:
             self.closed = True
             self.changed.notify()
 
-    def take(self, *, wait: bool) -> list[Request | str] | None:
+    def take(self, *, wait: bool) -> list[Command] | None:
         """All commands so far, in order; None once closed. Sleeps until there is something if ``wait``."""
         with self.changed:
             while wait and not self.commands and not self.closed:
@@ -65,7 +53,7 @@ class _Inbox:
 
 
 class InProcessEngine:
-    """Runs an engine in a thread.
+    """Runs an engine in a thread. A fault in it may take this process along, and one that hangs stays: see ``RemoteEngine``.
 
     Args:
         build: makes the engine, loaded and warm; called in the engine's thread.
@@ -77,12 +65,8 @@ class InProcessEngine:
         self._build, self._on_step = build, on_step
         self._inbox = _Inbox()
         self._thread: threading.Thread | None = None
-        self._outboxes: dict[str, asyncio.Queue[Event]] = {}
-        self._tokens_in_flight = 0
-        self._alive, self._draining = False, False
-        self._live_rows = self._live_requests = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._in_flight = InFlight()
+        self._row_capacity = 0
 
     async def start(self) -> None:
         """Raises whatever ``build`` raises (``server.runtime.RuntimeUnavailable``)."""
@@ -91,77 +75,41 @@ class InProcessEngine:
         self._thread = threading.Thread(target=self._run, args=(ready,), name=f"engine {self.name}", daemon=True)
         self._thread.start()
         await ready
-        self._alive = True
+        self._in_flight.alive = True
 
     @property
     def status(self) -> EngineStatus:
-        # Counted here, not by the engine, so that a burst which it has not seen yet counts too.
-        in_flight = len(self._outboxes)
-        waiting = max(0, in_flight - self._live_requests)
         return EngineStatus(
-            alive=self._alive,
-            live_rows=self._live_rows,
-            waiting_requests=waiting,
-            waiting_tokens=self._tokens_in_flight * waiting // max(1, in_flight),
+            alive=self._in_flight.alive,
+            live_rows=self._in_flight.live_rows,
+            live_requests=self._in_flight.live_requests,
+            row_capacity=self._row_capacity,
+            waiting_requests=self._in_flight.waiting_requests,
+            waiting_tokens=self._in_flight.waiting_tokens,
         )
 
-    async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
-        if self._draining or not self._alive:
-            failure = Failure.SHUTTING_DOWN if self._draining else Failure.ENGINE
-            yield Failed(failure, "the server is shutting down" if self._draining else "the engine is not running")
-            return
-        outbox = self._outboxes[request.id] = asyncio.Queue()
-        self._tokens_in_flight += len(request.input_ids)
-        self._idle.clear()
-        self._inbox.put(request)
-        try:
-            while True:
-                event = await outbox.get()
-                if not isinstance(event, TokensReady):
-                    self._forget(request)
-                    yield event
-                    return
-                yield event
-        finally:
-            if self._forget(request):  # left before the end
-                self._inbox.put(request.id)
+    def listen(self, changed: Callable[[], None]) -> None:
+        self._in_flight.listeners.append(changed)
+
+    def submit(self, request: Request) -> AsyncGenerator[Event, None]:
+        return self._in_flight.run(request, self._inbox.put)
 
     async def drain(self, timeout: float) -> None:
-        self._draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout)
-        self._fail_all(Failed(Failure.SHUTTING_DOWN, "the server is shutting down"))
+        await self._in_flight.drain(timeout)
         self._inbox.close()
         if self._thread is not None:  # also one that is just dying
             await asyncio.to_thread(self._thread.join)
-        self._alive = False
-
-    def _forget(self, request: Request) -> bool:
-        """False when it was forgotten before."""
-        if self._outboxes.pop(request.id, None) is None:
-            return False
-        self._tokens_in_flight -= len(request.input_ids)
-        if not self._outboxes:
-            self._live_rows = self._live_requests = 0  # no step will say so
-            self._idle.set()
-        return True
-
-    def _fail_all(self, failed: Failed) -> None:
-        for outbox in self._outboxes.values():
-            outbox.put_nowait(failed)
+        self._in_flight.alive = False
 
     def _deliver(self, events: list[Addressed], stats: StepStats) -> None:
         """One step's news, in the event loop."""
-        self._live_rows, self._live_requests = stats.live_rows, stats.live_requests
-        for request_id, event in events:
-            outbox = self._outboxes.get(request_id)
-            if outbox is not None:
-                outbox.put_nowait(event)
+        self._row_capacity = stats.row_capacity
+        self._in_flight.deliver(events, stats)
         self._on_step(stats)
 
     def _die(self) -> None:
-        self._alive = False
-        self._fail_all(Failed(Failure.ENGINE, "the engine stopped while it worked on this request"))
+        self._in_flight.alive = False
+        self._in_flight.fail_all(STOPPED)
 
     # In the engine's thread
 
@@ -180,11 +128,7 @@ class InProcessEngine:
 
     def _work(self, engine: Stepper) -> None:
         while (commands := self._inbox.take(wait=not engine.has_work)) is not None:
-            for command in commands:
-                if isinstance(command, str):
-                    engine.cancel(command)
-                else:
-                    engine.submit(command)
+            apply(commands, engine)
             if engine.has_work:
                 self._call(self._deliver, *engine.step())
 

@@ -5,7 +5,7 @@ The ``Guard`` makes promises that grpc.aio leaves to each handler:
 - bytes that are no message of the method's type are refused as INVALID_ARGUMENT, not UNKNOWN;
 - an exception that nobody expected becomes INTERNAL with a request id, never its own text;
 - a CancelledError of the engine, not of the caller, becomes a status: otherwise the caller would wait for ever;
-- no call lasts for ever: one without a deadline gets the server's longest;
+- no call lasts for ever: one without a deadline gets the server's, one with a longer one than that allows gets less;
 - every call is counted once, with one outcome.
 """
 
@@ -19,7 +19,19 @@ from typing import Any
 
 import grpc
 
-from server.call import REQUEST_ID, Call, DeadlinePassed, Outcome, accepted_request_id, current_call
+from server.call import (
+    PRIORITIES,
+    PRIORITY,
+    REQUEST_ID,
+    TENANT,
+    TRACEPARENT,
+    Call,
+    DeadlinePassed,
+    Outcome,
+    Trace,
+    accepted_request_id,
+    current_call,
+)
 from server.errors import status_of, verdict_on
 from server.fan_out import RequestFailed
 from server.requests import Failed, Failure, InvalidRequest, Violation
@@ -34,12 +46,16 @@ class Guard(grpc.aio.ServerInterceptor):
 
     Args:
         metered: name of the service whose calls get a deadline and are counted; others (health) are only guarded.
-        longest_call_seconds: the deadline of a call that has none, and the cap on one that has.
+        default_call_seconds: the deadline of a call that has none.
+        longest_call_seconds: the cap on one that has.
         on_end: told of every metered call when it has ended.
     """
 
-    def __init__(self, metered: str, *, longest_call_seconds: float, on_end: Callable[[Call], None]) -> None:
+    def __init__(
+        self, metered: str, *, default_call_seconds: float, longest_call_seconds: float, on_end: Callable[[Call], None]
+    ) -> None:
         self._metered = f"/{metered}/"
+        self._default_call_seconds = default_call_seconds
         self._longest_call_seconds = longest_call_seconds
         self._on_end = on_end
         self._guarded: dict[str, grpc.RpcMethodHandler] = {}
@@ -57,30 +73,43 @@ class Guard(grpc.aio.ServerInterceptor):
             self._guarded[method] = self._guard(method, handler)
         return self._guarded[method]
 
+    def _seconds_for(self, context: grpc.aio.ServicerContext) -> float:
+        remaining = context.time_remaining()
+        return min(self._default_call_seconds if remaining is None else remaining, self._longest_call_seconds)
+
     def _guard(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         streams = handler.response_streaming
         behaviour = handler.unary_stream if streams else handler.unary_unary
         metered = method.startswith(self._metered)
 
         async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            call = Call(method=method.rpartition("/")[2], request_id=_request_id(context))
+            call = _begin(method, context)
             current_call.set(call)
             # Trailing, not initial: once initial metadata is out, clients no longer retry elsewhere what this server refuses.
-            context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+            context.set_trailing_metadata(((REQUEST_ID, call.request_id), (TRACEPARENT, call.trace.header)))
             async with _answered(call, context, self._on_end if metered else _ignore):
                 if request is _UNDECODABLE:
                     raise InvalidRequest([Violation("request", f"the bytes are not a request message of {method}")])
                 if not metered:
                     return await behaviour(request, context)
-                async with _within(context, self._longest_call_seconds):
+                call.longest_seconds = self._seconds_for(context)
+                async with _within(call.longest_seconds):
                     return await behaviour(request, context)
 
         make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
         return make(guarded, _forgiving(handler.request_deserializer), handler.response_serializer)
 
 
-def _request_id(context: grpc.aio.ServicerContext) -> str:
-    return accepted_request_id(next((value for key, value in context.invocation_metadata() or () if key == REQUEST_ID), None))
+def _begin(method: str, context: grpc.aio.ServicerContext) -> Call:
+    metadata = dict(context.invocation_metadata() or ())
+    tenant = metadata.get(TENANT, "")
+    return Call(
+        method=method.rpartition("/")[2],
+        request_id=accepted_request_id(metadata.get(REQUEST_ID)),
+        trace=Trace.continued(metadata.get(TRACEPARENT)),
+        tenant=tenant if isinstance(tenant, str) else "",
+        priority=PRIORITIES.get(metadata.get(PRIORITY, ""), 0),
+    )
 
 
 def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -96,9 +125,7 @@ def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 @asynccontextmanager
-async def _within(context: grpc.aio.ServicerContext, longest: float) -> AsyncIterator[None]:
-    remaining = context.time_remaining()
-    seconds = longest if remaining is None else min(remaining, longest)
+async def _within(seconds: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(seconds) as limit:
             yield
@@ -138,7 +165,7 @@ async def _answered(call: Call, context: grpc.aio.ServicerContext, on_end: Calla
         _log.error("call failed", exc_info=error, extra={"method": call.method, "model": call.model})
     status = status_of(error, call.request_id)
     try:
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        await context.abort(status.code, status.details, (*status.trailing_metadata, (TRACEPARENT, call.trace.header)))
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
 

@@ -1,4 +1,4 @@
-"""From a bundle on disk to a model that can be served: check the files, then build the engine that its family needs."""
+"""From a bundle on disk to a model that can be served: check the files, then say what engines it needs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,43 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from export.bundle import Bundle, BundleError, open_bundle
 from model.tokenizer import Tokenizer, TokenizerError
+from server.build_engine import build_engine
 from server.caches import CacheLayout, CacheTypes
-from server.config import EngineOptions, Precision
-from server.encoding_engine import EncodingEngine
-from server.engine import Engine
-from server.in_process import InProcessEngine, Stepper
+from server.config import EngineOptions, EnginePlace, Precision
+from server.engine_client import EngineClient, Loss
+from server.engine_pool import EnginePool
+from server.engine_spec import EngineSpec
+from server.in_process import InProcessEngine
 from server.models import ServedModel
-from server.requests import Decoding, EncodingRequest, GenerationDefaults, GenerationRequest, Limits
-from server.runtime import EncodingRuntime, RuntimeUnavailable, SequenceRuntime, SessionSettings, choose_device
+from server.remote_engine import RemoteEngine, Supervision
+from server.requests import GenerationDefaults, Limits
+from server.runtime import RuntimeUnavailable, choose_device
 from server.sequence_model import SequenceShape
 from server.step_stats import StepStats
 
 _ROWS = {"cpu": 64, "cuda": 256}
 """Rows of the running batch where none are asked for: beyond these, more rows only make each step longer."""
+_ROWS_OF_SEVERAL = 32
+"""Of each engine, where there are several: memory grows with all of them."""
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _PRECISIONS = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What runs on each device, the fastest first."""
 
 
-def load_model(path: Path, options: EngineOptions, on_step: Callable[[str, StepStats], None]) -> ServedModel:
-    """Checks a bundle and describes it; its engine is built and warmed by ``engine.start()``.
+def load_model(
+    path: Path,
+    options: EngineOptions,
+    on_step: Callable[[str, StepStats], None],
+    on_loss: Callable[[str, Loss], None] = lambda name, loss: None,
+) -> ServedModel:
+    """Checks a bundle and describes it; its engines are built and warmed by ``engine.start()``.
 
     Args:
-        on_step: told the model's name and what each of its engine's steps did.
+        on_step: told the model's name and what each step of its engines did.
+        on_loss: told the model's name whenever one of its engine processes was lost.
 
     Raises:
         BundleError: for a bundle that must not be used.
@@ -42,12 +53,18 @@ def load_model(path: Path, options: EngineOptions, on_step: Callable[[str, StepS
     bundle = open_bundle(path)
     device = choose_device(options.device)
     try:
-        return _describe(bundle, device, options, on_step)
+        return _describe(bundle, device, options, on_step, on_loss)
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: the manifest does not describe a model ({type(error).__name__}: {error})") from error
 
 
-def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Callable[[str, StepStats], None]) -> ServedModel:
+def _describe(
+    bundle: Bundle,
+    device: str,
+    options: EngineOptions,
+    on_step: Callable[[str, StepStats], None],
+    on_loss: Callable[[str, Loss], None],
+) -> ServedModel:
     manifest = bundle.manifest
     precision = _choose_precision(bundle, device, options.precision)
     try:
@@ -61,9 +78,15 @@ def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Call
         raise BundleError(
             f"{bundle.root}: the tokenizer has {tokenizer.vocab_size} ids, the model only {manifest.model['vocab_size']}"
         )
-    rows = _choose_rows(bundle, device, precision, options)
-    settings = SessionSettings(device=device, threads=options.threads or _usual_threads())
-    build = partial(_build_engine, bundle, precision, rows, settings, tokenizer)
+    engines = _choose_engines(device, options)
+    spec = EngineSpec(
+        bundle=str(bundle.root.absolute()),
+        fingerprint=bundle.fingerprint,
+        precision=precision,
+        rows=_choose_rows(bundle, device, precision, options, engines),
+        device=device,
+        threads=options.threads or (1 if engines > 1 else _usual_threads()),
+    )
     limits = Limits(
         max_input_tokens=manifest.limits["max_input_tokens"], max_output_tokens=manifest.limits["max_output_tokens"]
     )
@@ -76,38 +99,76 @@ def _describe(bundle: Bundle, device: str, options: EngineOptions, on_step: Call
         device=device,
         fingerprint=bundle.fingerprint,
         parameters=manifest.parameters,
-        limits=replace(limits, max_beams=min(limits.max_beams, rows)),
-        defaults=replace(defaults, beams=min(defaults.beams, rows)),
+        limits=replace(limits, max_beams=min(limits.max_beams, spec.rows)),
+        defaults=replace(defaults, beams=min(defaults.beams, spec.rows)),
         labels=labels,
         certificate=json.dumps(manifest.certificate[precision], ensure_ascii=False),
         vocab_size=manifest.model["vocab_size"],
         tokenizer=tokenizer,
-        engine=InProcessEngine(manifest.name, build, partial(on_step, manifest.name)),
+        engine=_make_engine(
+            manifest.name, spec, engines, options, partial(on_step, manifest.name), partial(on_loss, manifest.name)
+        ),
     )
+
+
+def _make_engine(
+    name: str,
+    spec: EngineSpec,
+    count: int,
+    options: EngineOptions,
+    on_step: Callable[[StepStats], None],
+    on_loss: Callable[[Loss], None],
+) -> EngineClient:
+    if options.place is EnginePlace.IN_PROCESS:
+        return InProcessEngine(name, partial(build_engine, spec), on_step)
+    supervision = Supervision(stall_seconds=options.stall_seconds)
+    engines = [RemoteEngine(name, spec, on_step, on_loss, supervision) for _ in range(count)]
+    return engines[0] if count == 1 else EnginePool(engines)
+
+
+def _choose_engines(device: str, options: EngineOptions) -> int:
+    if options.engines is not None:
+        return options.engines
+    if options.place is EnginePlace.IN_PROCESS or device != "cpu":
+        return 1
+    return max(1, _usual_threads() // (options.threads or 1))
 
 
 def _usual_threads() -> int:
     """One core stays free for the service: on two cores, a second thread in ONNX Runtime halves what is served."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    return max(1, _cores() - 1)
 
 
-def _choose_rows(bundle: Bundle, device: str, precision: str, options: EngineOptions) -> int:
-    """As many as were asked for, or fit into the memory that was given.
+def _cores() -> int:
+    """Cores that this process may use: a container sees all of its node's, and is held to a quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = _CPU_QUOTA.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return cores
+
+
+def _choose_rows(bundle: Bundle, device: str, precision: str, options: EngineOptions, engines: int) -> int:
+    """Of one engine: its share of as many as were asked for, or fit into the memory that was given.
 
     Raises:
         RuntimeUnavailable: when not even one fits.
     """
-    rows, config = options.max_rows or _ROWS[device], bundle.manifest.model
+    usual = _ROWS_OF_SEVERAL if engines > 1 else _ROWS[device]
+    rows, config = -(-options.max_rows // engines) if options.max_rows else usual, bundle.manifest.model
     if options.cache_memory is None or config["family"] == "encoder_only":
         return rows
     shape = SequenceShape.from_config(config)
     types = CacheTypes(**bundle.manifest.caches[precision])
     one, two = (sum(CacheLayout.of(shape, count, types).sizes) for count in (1, 2))
-    if options.cache_memory < one:
+    if (share := options.cache_memory // engines) < one:
+        each = f" for each of {engines} engines" if engines > 1 else ""
         raise RuntimeUnavailable(
-            f"{bundle.root}: --cache-memory of {options.cache_memory:,} bytes is less than the {one:,} that one row takes"
+            f"{bundle.root}: --cache-memory of {options.cache_memory:,} bytes is less than the {one * engines:,} that one row"
+            f" takes{each}"
         )
-    return min(rows, 1 + (options.cache_memory - one) // (two - one))
+    return min(rows, 1 + (share - one) // (two - one))
 
 
 def _choose_precision(bundle: Bundle, device: str, asked: Precision) -> str:
@@ -121,21 +182,3 @@ def _choose_precision(bundle: Bundle, device: str, asked: Precision) -> str:
     raise BundleError(
         f"{bundle.root}: has graphs in {has}; {device} runs {' or '.join(_PRECISIONS[device])}, {asked} was asked for"
     )
-
-
-def _build_engine(bundle: Bundle, precision: str, rows: int, settings: SessionSettings, tokenizer: Tokenizer) -> Stepper:
-    """Loaded and warm. Raises RuntimeUnavailable."""
-    config, graphs = bundle.manifest.model, bundle.root / precision
-    if config["family"] == "encoder_only":
-        encoding = EncodingEngine(EncodingRuntime(graphs, settings, classes=config["classes"]), batch_rows=rows)
-        encoding.submit(EncodingRequest(id="warm-up", input_ids=(Tokenizer.EOS,)))
-        encoding.step()
-        return cast("Stepper", encoding)  # each engine takes its own kind of request, which the door sees to
-    runtime = SequenceRuntime(graphs, SequenceShape.from_config(config), rows, settings)
-    runtime.tune()
-    engine = Engine(runtime, start_token=Tokenizer.BOS, end_token=Tokenizer.EOS, text_stream=tokenizer.stream)
-    for beams in (1, min(4, rows)):
-        engine.submit(GenerationRequest(id="warm-up", input_ids=(Tokenizer.EOS,), decoding=Decoding(max_tokens=1, beams=beams)))
-        while engine.has_work:
-            engine.step()
-    return cast("Stepper", engine)

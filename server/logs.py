@@ -34,6 +34,7 @@ class JsonFormatter(logging.Formatter):
         }
         if (call := current_call.get(None)) is not None:
             entry["request_id"] = call.request_id
+            entry["trace_id"], entry["span_id"] = call.trace.trace_id, call.trace.span_id
         entry.update((key, value) for key, value in record.__dict__.items() if key not in _STANDARD)
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from email.message import Message
+from functools import partial
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from server.call import Call
+from server.engine_client import EngineClient, EngineStatus, Loss
 from server.models import ServedModel
 from server.step_stats import StepStats
 
@@ -47,6 +49,9 @@ class Metrics:
         self._given = self._histogram("request_output_tokens", "Tokens of each hypothesis returned.", _TOKENS, "model")
         self._input_tokens = self._counter("input_tokens", "Input tokens the engine encoded or prefilled.", "model")
         self._output_tokens = self._counter("output_tokens", "Output tokens the engine computed, those of every beam.", "model")
+        self._wasted_tokens = self._counter(
+            "wasted_tokens", "Output tokens computed for requests that were cancelled or whose deadline passed.", "model"
+        )
         self._steps = self._counter("steps", "Engine steps.", "model")
         self._step_rows = self._counter("step_rows", "Rows decoded, summed over engine steps.", "model")
         self._step_seconds = self._counter(
@@ -57,26 +62,46 @@ class Metrics:
         self._tokens_waiting = self._gauge("tokens_waiting", "Input tokens of the waiting requests.", "model")
         self._rows = self._gauge("rows_running", "Rows of the running batch.", "model")
         self._capacity = self._gauge("rows_capacity", "Most rows the running batch can have.", "model")
+        self._engines_up = self._gauge("engines_up", "Engines that can answer.", "model")
+        self._engine_restarts = self._counter(
+            "engine_restarts", "Engine processes that were lost and replaced, by what was wrong with them.", "model", "reason"
+        )
+        self._progress_age = self._gauge(
+            "engine_progress_age_seconds", "Time since the last step of an engine that has work; 0 for an idle one.", "model"
+        )
         self._ready = Gauge("transformer_ready", "1 while the server answers calls.", registry=self.registry)
         self._info = self._gauge(
             "model_info", "1 for each loaded model.", "model", "family", "task", "precision", "device", "fingerprint"
         )
         self._gauge("build_info", "1; the label names the release.", "version").labels(version).set(1)
 
+    @property
+    def _read_from_status(self) -> dict[Gauge, Callable[[EngineStatus], float]]:
+        return {
+            self._running: lambda status: status.live_requests,
+            self._rows: lambda status: status.live_rows,
+            self._capacity: lambda status: status.row_capacity,
+            self._waiting: lambda status: status.waiting_requests,
+            self._tokens_waiting: lambda status: status.waiting_tokens,
+            self._engines_up: lambda status: status.engines_up if status.alive else 0,
+            self._progress_age: lambda status: status.progress_age,
+        }
+
     def add_model(self, model: ServedModel) -> None:
         """Announces a model; its series begin at 0 rather than with the first call."""
         facts = (model.family, model.task, model.precision, model.device, model.fingerprint)
         self._info.labels(model.name, *facts).set(1)
-        for family in (self._input_tokens, self._output_tokens, self._steps, self._step_rows, self._running, self._capacity):
+        for family in (self._input_tokens, self._output_tokens, self._wasted_tokens, self._steps, self._step_rows):
             family.labels(model.name)
+        for loss in Loss:
+            self._engine_restarts.labels(model.name, loss)
         for histogram in (self._first_token, self._inter_token, self._queued, self._step, self._asked, self._given):
             histogram.labels(model.name)
         self._step_seconds.labels(model.name, "runtime")
         self._step_seconds.labels(model.name, "host")
         # Read when asked for: requests come, wait and leave without the engine taking a step.
-        self._rows.labels(model.name).set_function(lambda: model.engine.status.live_rows)
-        self._waiting.labels(model.name).set_function(lambda: model.engine.status.waiting_requests)
-        self._tokens_waiting.labels(model.name).set_function(lambda: model.engine.status.waiting_tokens)
+        for gauge, read in self._read_from_status.items():
+            gauge.labels(model.name).set_function(partial(_read, model.engine, read))
 
     def set_ready(self, ready: bool) -> None:
         self._ready.set(ready)
@@ -108,10 +133,12 @@ class Metrics:
         self._step.labels(model).observe(stats.seconds)
         self._input_tokens.labels(model).inc(stats.encoded_tokens)
         self._output_tokens.labels(model).inc(stats.new_tokens)
-        self._running.labels(model).set(stats.live_requests)
-        self._capacity.labels(model).set(stats.row_capacity)
+        self._wasted_tokens.labels(model).inc(stats.wasted_tokens)
         for seconds in stats.queue_seconds:
             self._queued.labels(model).observe(seconds)
+
+    def engine_lost(self, model: str, loss: Loss) -> None:
+        self._engine_restarts.labels(model, loss).inc()
 
     def page(self, headers: Message) -> tuple[str, bytes]:
         """The answer to a scrape, in the format it asks for."""
@@ -126,6 +153,10 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(f"transformer_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+
+def _read(engine: EngineClient, read: Callable[[EngineStatus], float]) -> float:
+    return read(engine.status)
 
 
 class StreamTimer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from server.interceptors import Guard
 from server.metrics import Metrics
 from server.models import Models, ServedModel
 from server.service import NAME, TransformerService
+from server.waiting_room import WaitingRoom
 
 _log = logging.getLogger(__name__)
 
@@ -38,21 +40,27 @@ class CannotServe(RuntimeError):
 class Server:
     """Serves models over gRPC and their metrics over HTTP. Starts nothing until ``startup``."""
 
-    def __init__(self, models: Iterable[ServedModel], options: ServerOptions, metrics: Metrics) -> None:
+    def __init__(self, models: Sequence[ServedModel], options: ServerOptions, metrics: Metrics) -> None:
         self.port = options.port
         """Of gRPC; the real one after ``startup``."""
         self.http_port = options.http_port
         self._options = options
-        self._models = Models(models)
+        self._rooms = {model.name: WaitingRoom(model.engine, options.admission) for model in models}
+        self._models = Models(replace(model, engine=self._rooms[model.name]) for model in models)
         self._metrics = metrics
         self._pages: PagesServer | None = None
         self._health = Health("", NAME)
         self._service = TransformerService(
-            self._models, options.admission, metrics, write_timeout_seconds=options.write_timeout_seconds
+            self._models, self._rooms, metrics, write_timeout_seconds=options.write_timeout_seconds
         )
         self._grpc: grpc.aio.Server | None = None
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
+
+    @property
+    def models(self) -> Models:
+        """With their queues in front of their engines."""
+        return self._models
 
     @property
     def serving(self) -> bool:
@@ -131,7 +139,12 @@ class Server:
 
     def _bind(self) -> grpc.aio.Server:
         options = self._options
-        guard = Guard(NAME, longest_call_seconds=options.longest_call_seconds, on_end=self._metrics.call_ended)
+        guard = Guard(
+            NAME,
+            default_call_seconds=options.default_call_seconds,
+            longest_call_seconds=options.longest_call_seconds,
+            on_end=self._metrics.call_ended,
+        )
         server = grpc.aio.server(
             interceptors=[guard],
             options=options.transport.grpc_options(options.longest_call_seconds),

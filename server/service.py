@@ -8,7 +8,7 @@ becomes a status in ``server.errors``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,13 +18,13 @@ import grpc
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
 from server import convert
-from server.admission import Admission, AdmissionLimits
 from server.call import NotReady, SlowReader, current_call
 from server.door import Door
 from server.fan_out import EngineBroken, EngineRequest, gather_results, merge_events
 from server.metrics import Metrics
 from server.models import Ability, Models, ServedModel
 from server.requests import Encoded, EncodingRequest, Finished, GenerationRequest, TokensReady
+from server.waiting_room import WaitingRoom
 
 Result = TypeVar("Result", Finished, Encoded)
 
@@ -38,21 +38,23 @@ _INLINE_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One model and what guards it."""
+    """One model, what guards it, and where its requests wait."""
 
     model: ServedModel
     door: Door
-    admission: Admission
+    room: WaitingRoom
 
 
 class TransformerService(transformer_pb2_grpc.TransformerServicer):
     """Answers ``transformer.v1.Transformer``; refuses until ``open`` is set."""
 
-    def __init__(self, models: Models, admission: AdmissionLimits, metrics: Metrics, *, write_timeout_seconds: float) -> None:
+    def __init__(
+        self, models: Models, rooms: Mapping[str, WaitingRoom], metrics: Metrics, *, write_timeout_seconds: float
+    ) -> None:
         self.open = False
         """Set once every engine is warm."""
         self._models = models
-        self._places = {model.name: _Place(model, Door(model), Admission(admission)) for model in models}
+        self._places = {model.name: _Place(model, Door(model), rooms[model.name]) for model in models}
         self._metrics = metrics
         self._write_timeout_seconds = write_timeout_seconds
 
@@ -80,7 +82,7 @@ class TransformerService(transformer_pb2_grpc.TransformerServicer):
         ]
         timer = self._metrics.stream(current_call.get())
         handover = self._handover(place, requests)
-        async with aclosing(merge_events(place.model.engine, requests, handover, capacity=_EVENTS_HELD)) as events:
+        async with aclosing(merge_events(place.room, requests, handover, capacity=_EVENTS_HELD)) as events:
             async for position, event in events:
                 if isinstance(event, Encoded):
                     raise EngineBroken("a generation was answered with an encoding")
@@ -160,7 +162,7 @@ class TransformerService(transformer_pb2_grpc.TransformerServicer):
 
     async def _run(self, place: _Place, requests: Sequence[EngineRequest], kind: type[Result]) -> list[Result]:
         """The result of each request; the engine must answer with the kind that was asked for."""
-        results = await gather_results(place.model.engine, requests, self._handover(place, requests))
+        results = await gather_results(place.room, requests, self._handover(place, requests))
         expected = [result for result in results if isinstance(result, kind)]
         if len(expected) != len(requests):
             raise EngineBroken(f"a request was not answered with {kind.__name__}")
@@ -168,9 +170,8 @@ class TransformerService(transformer_pb2_grpc.TransformerServicer):
 
     @contextmanager
     def _handover(self, place: _Place, requests: Sequence[EngineRequest]) -> Iterator[None]:
-        lengths = [len(request.input_ids) for request in requests]
-        with place.admission.admit(place.model.engine.status, requests=len(lengths), tokens=sum(lengths)):
-            self._metrics.inputs_admitted(place.model.name, lengths)
+        with place.room.admit(requests):
+            self._metrics.inputs_admitted(place.model.name, [len(request.input_ids) for request in requests])
             yield
 
     def _count_outputs(self, place: _Place, results: Sequence[Finished]) -> int:

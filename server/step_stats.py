@@ -26,3 +26,5 @@ class StepStats:
     waiting_tokens: int
     queue_seconds: tuple[float, ...]
     """Time each request that joined in this step had waited."""
+    wasted_tokens: int = 0
+    """Output tokens computed for requests that were cancelled since the step before."""

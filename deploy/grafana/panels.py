@@ -249,11 +249,33 @@ SECTIONS: list[tuple[str, list[Panel]]] = [
                 unit="percentunit",
             ),
             Panel(
+                title="Engines",
+                description="Engines that can answer. One that is lost is replaced within seconds.",
+                queries=[(f"sum by (model, pod) (transformer_engines_up{{{MODEL}}})", "{{model}} {{pod}}")],
+            ),
+            Panel(
+                title="Engine processes replaced",
+                description="Lost because they died, or stalled with work in hand. The server's log has the reason.",
+                queries=[
+                    (
+                        f"sum by (model, reason) (increase(transformer_engine_restarts_total{{{MODEL}}}[5m]))",
+                        "{{model}} {{reason}}",
+                    )
+                ],
+            ),
+            Panel(
+                title="Silence of an engine with work",
+                description="Time since its last step. Its process is replaced when this reaches --stall-seconds.",
+                queries=[(f"max by (model, pod) (transformer_engine_progress_age_seconds{{{MODEL}}})", "{{model}} {{pod}}")],
+                unit="s",
+            ),
+            Panel(
                 title="Tokens/s",
-                description="Input tokens encoded or prefilled, output tokens emitted.",
+                description="Input tokens encoded or prefilled, output tokens emitted, and those of callers who left.",
                 queries=[
                     (f"sum({rate('transformer_input_tokens_total')})", "input"),
                     (f"sum({rate('transformer_output_tokens_total')})", "output"),
+                    (f"sum({rate('transformer_wasted_tokens_total')})", "wasted"),
                 ],
             ),
             Panel(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,8 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
 from server.client import messages
-from server.client.channel import SERVICE, channel_options
+from server.client.channel import SERVICE, call_metadata, channel_options, checked_priority, checked_timeout
 from server.client.errors import CallError
+from server.client.resumption import Resumption, reproducible
 from server.client.types import (
     Classification,
     Embedding,
@@ -36,11 +40,26 @@ class TransformerClient:
         model: the model that calls go to; may be empty when the server has only one.
         timeout: seconds within which each call must end; there are no calls without a deadline.
         watch_health: keep away from replicas that say NOT_SERVING.
+        tenant: whose share of the server the calls use, as its operator named it.
+        priority: "low", "normal" or "high".
+
+    Raises:
+        ValueError: for a timeout that is not above 0 and finite, or an unknown priority.
     """
 
-    def __init__(self, target: str, *, model: str = "", timeout: float = 30.0, watch_health: bool = True) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        model: str = "",
+        timeout: float = 30.0,
+        watch_health: bool = True,
+        tenant: str = "",
+        priority: str = "normal",
+    ) -> None:
         self._model = model
-        self._timeout = timeout
+        self._timeout = checked_timeout(timeout)
+        self._metadata = partial(call_metadata, checked_priority(priority), tenant)
         self._channel = grpc.aio.insecure_channel(target, options=channel_options(watch_health=watch_health))
         self._stub = transformer_pb2_grpc.TransformerStub(self._channel)
 
@@ -78,16 +97,26 @@ class TransformerClient:
         return_tokens: bool = False,
         request_id: str = "",
     ) -> AsyncIterator[StreamedText | StreamedGeneration]:
-        """Text of all inputs as it becomes final, and each input's whole result at its end. Leaving early cancels the call."""
-        request = messages.generate_request(self._model, inputs, options, target_prefix, return_tokens)
-        call = self._stub.GenerateStream(request, timeout=self._timeout, metadata=_metadata(request_id))
-        try:
-            async for message in call:
-                yield messages.streamed(message)
-        except grpc.RpcError as error:
-            raise CallError.from_rpc(error) from None
-        finally:
-            call.cancel()
+        """Text of all inputs as it becomes final, and each input's whole result at its end. Leaving early cancels the call.
+
+        A stream that breaks because its server goes away is taken up again elsewhere, without a gap and without a repetition.
+        """
+        request = messages.generate_request(self._model, inputs, reproducible(options), target_prefix, return_tokens)
+        deadline = time.monotonic() + self._timeout
+        resumption = Resumption(deadline)
+        while True:
+            left = deadline - time.monotonic()
+            call = self._stub.GenerateStream(request, timeout=left, metadata=self._metadata(request_id))
+            try:
+                async for message in call:
+                    if (event := resumption.news(messages.streamed(message))) is not None:
+                        yield event
+                return
+            except grpc.RpcError as error:
+                pause = resumption.pause_before_retry(CallError.from_rpc(error), time.monotonic())
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause)
 
     async def classify(self, inputs: Sequence[Input], *, request_id: str = "") -> tuple[Classification, ...]:
         request = pb.ClassifyRequest(model=self._model, inputs=messages.inputs_of(inputs, "inputs"))
@@ -123,10 +152,6 @@ class TransformerClient:
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, request_id: str) -> Any:
         try:
-            return await method(request, timeout=self._timeout, metadata=_metadata(request_id))
+            return await method(request, timeout=self._timeout, metadata=self._metadata(request_id))
         except grpc.RpcError as error:
             raise CallError.from_rpc(error) from None
-
-
-def _metadata(request_id: str) -> tuple[tuple[str, str], ...]:
-    return (("x-request-id", request_id),) if request_id else ()

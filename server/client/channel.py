@@ -9,9 +9,11 @@ large gets it as well as one too many, and trying again into an overload feeds i
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 SERVICE = "transformer.v1.Transformer"
+PRIORITIES = ("low", "normal", "high")
 
 SERVICE_CONFIG: dict[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -46,3 +48,23 @@ def channel_options(*, watch_health: bool) -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+
+
+def checked_timeout(seconds: float) -> float:
+    """Raises ValueError for a timeout that would be none: no call may wait for ever."""
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"timeout must be above 0 and finite, not {seconds:g}")
+    return seconds
+
+
+def checked_priority(priority: str) -> str:
+    """Raises ValueError for a priority that the service does not know."""
+    if priority not in PRIORITIES:
+        raise ValueError(f"priority must be one of {', '.join(PRIORITIES)}, not {priority!r}")
+    return priority
+
+
+def call_metadata(priority: str, tenant: str, request_id: str) -> tuple[tuple[str, str], ...]:
+    """What a call says about itself beside its message; what is usual is left out."""
+    said = {"x-request-id": request_id, "x-tenant": tenant, "x-priority": "" if priority == "normal" else priority}
+    return tuple((key, value) for key, value in said.items() if value)

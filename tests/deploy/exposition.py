@@ -12,6 +12,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.call import Call, Outcome
+from server.engine_client import EngineStatus
 from server.metrics import Metrics
 from server.models import ServedModel
 from server.step_stats import StepStats
@@ -43,7 +44,7 @@ class Series:
 def scrape() -> str:
     """What ``/metrics`` answers after a call or two."""
     metrics = Metrics("0")
-    engine = SimpleNamespace(status=SimpleNamespace(live_rows=4, waiting_requests=2, waiting_tokens=20))
+    engine = SimpleNamespace(status=EngineStatus(alive=True, live_rows=4, waiting_requests=2, waiting_tokens=20))
     facts = {"family": "encoder_decoder", "task": "dates", "precision": "fp32", "device": "cpu", "fingerprint": "aa"}
     metrics.add_model(cast(ServedModel, cast(Any, SimpleNamespace(name="dates", engine=engine, **facts))))
     metrics.set_ready(True)

@@ -122,6 +122,7 @@ def test_the_server_is_started_with_values_that_it_takes(build: Build) -> None:
     EngineOptions(
         device=given.get("device", "auto"),  # type: ignore[arg-type]
         threads=int(given["threads"]) if "threads" in given else None,
+        engines=int(given["engines"]) if "engines" in given else None,
     )
 
 
@@ -143,7 +144,8 @@ def test_memory_is_bounded_and_cores_match_threads(build: Build) -> None:
     assert {"cpu", "memory"} <= resources["requests"].keys()
     assert "memory" in resources["limits"]
     if build[0] == "overlays/cpu":
-        assert resources["limits"]["cpu"] == resources["requests"]["cpu"] == flags(build)["threads"]
+        threads = int(flags(build)["engines"]) * int(flags(build)["threads"])
+        assert resources["limits"]["cpu"] == resources["requests"]["cpu"] == str(threads)
         assert flags(build)["device"] == "cpu"
     if build[0] == "overlays/gpu":
         assert resources["limits"]["nvidia.com/gpu"] == "1"

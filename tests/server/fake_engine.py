@@ -42,6 +42,7 @@ class FakeEngine:
         self.warm = asyncio.Event()
         self.warm.set()
         self.drains: list[float] = []
+        self.listeners: list[Callable[[], None]] = []
         self._draining = False
 
     async def start(self) -> None:
@@ -67,15 +68,21 @@ class FakeEngine:
             self.live -= 1
             if not ended:
                 self.closed_early.append(request.id)
+            for changed in self.listeners:
+                changed()
 
     @property
     def status(self) -> EngineStatus:
         return EngineStatus(
             alive=self.alive,
             live_rows=self.live,
+            live_requests=self.live,
             waiting_requests=self.waiting_requests,
             waiting_tokens=self.waiting_tokens,
         )
+
+    def listen(self, changed: Callable[[], None]) -> None:
+        self.listeners.append(changed)
 
     async def drain(self, timeout: float) -> None:
         self._draining = True

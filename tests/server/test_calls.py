@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -178,6 +179,22 @@ async def test_a_plain_request_id_comes_back(call, offered: str, kept: bool) -> 
         returned = dict(await answer.trailing_metadata())["x-request-id"]
     assert (returned == offered) is kept
     assert kept or len(returned) == 16
+
+
+@both
+@pytest.mark.parametrize("fails", [False, True])
+async def test_trace_context_comes_back_with_the_calls_own_span(call, fails: bool) -> None:  # type: ignore[no-untyped-def]
+    failed = Failed(Failure.ENGINE, "gone")
+    async with run_server(served_model(FakeEngine(says(failed) if fails else None))) as running:
+        method = running.stub.Generate if call is unary else running.stub.GenerateStream
+        answer = method(REQUEST, timeout=5, metadata=(("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"),))
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            _ = [message async for message in answer] if call is stream else await answer
+        assert (await answer.code() is grpc.StatusCode.OK) is not fails
+        version, trace, span, flags = dict(await answer.trailing_metadata())["traceparent"].split("-")
+    assert (version, trace, flags) == ("00", "a" * 32, "01")
+    assert len(span) == 16
+    assert span != "b" * 16
 
 
 async def test_a_call_without_a_request_id_gets_one() -> None:

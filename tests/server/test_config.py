@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from server.admission import AdmissionLimits
-from server.config import ConfigError, EngineOptions, ServerOptions, TransportLimits
+from server.admission import AdmissionLimits, Tenant
+from server.config import ConfigError, EngineOptions, EnginePlace, ServerOptions, TransportLimits, parse_tenants
 from server.models import Models
 from tests.server.fake_engine import FakeEngine
 from tests.server.run_server import served_model
@@ -59,3 +59,31 @@ def test_models_have_names_of_their_own() -> None:
         Models([served_model(FakeEngine()), served_model(FakeEngine())])
     with pytest.raises(ConfigError, match="at least one model"):
         Models([])
+
+
+def test_tenants_are_written_short() -> None:
+    assert parse_tenants(["search=4:200", "batch", "eu.mail=0.5"]) == {
+        "search": Tenant(weight=4.0, max_waiting=200),
+        "batch": Tenant(),
+        "eu.mail": Tenant(weight=0.5),
+    }
+
+
+@pytest.mark.parametrize("text", ["", "=4", "a=", "a=0", "a:0", "a=-1", "a=nan", "two words", "a" * 65])
+def test_a_tenant_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="a tenant is written NAME"):
+        parse_tenants([text])
+
+
+def test_two_tenants_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two tenants are named 'a'"):
+        parse_tenants(["a=1", "a=2"])
+
+
+def test_engines_in_the_servers_own_process_cannot_be_several() -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineOptions(place=EnginePlace.IN_PROCESS, engines=2, stall_seconds=0.0)
+    assert error.value.problems == [
+        "stall_seconds must be above 0, not 0",
+        "engines must be 1 in the server's own process, not 2",
+    ]

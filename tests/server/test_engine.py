@@ -239,6 +239,17 @@ def test_a_scale_taken_from_the_batch_would_be_noticed(monkeypatch: pytest.Monke
     assert any(alone[r.id][-1] != together[r.id][-1] for r in requests)
 
 
+def test_what_was_computed_for_a_cancelled_request_is_counted_once() -> None:
+    running = engine("encoder_decoder", rows=4)
+    decoding = Decoding(max_tokens=12, min_tokens=12, beams=2)
+    for name in ("left", "stays"):
+        running.submit(GenerationRequest(id=name, input_ids=(5, 6, 2), decoding=decoding))
+    for _ in range(5):
+        assert running.step()[1].wasted_tokens == 0
+    running.cancel("left")
+    assert [running.step()[1].wasted_tokens for _ in range(3)] == [2 * 5, 0, 0]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cancelled_requests_free_their_rows_at_once_and_disturb_nobody(family: str) -> None:
     rng = random.Random(3)

@@ -8,18 +8,21 @@ import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from export.bundle import BundleError
 from server.client import CallError, Generation, Options, Sampling, StreamedGeneration, StreamedText, TransformerClient
-from server.config import Device, EngineOptions, ServerOptions
+from server.config import Device, EngineOptions, EnginePlace, Precision, ServerOptions
+from server.engine_spec import EngineSpec
 from server.loading import load_model
 from server.metrics import Metrics
+from server.remote_engine import RemoteEngine
 from server.server import Server
 from tests import tiny
 
-ENGINE = EngineOptions(device=Device.CPU, max_rows=8, threads=1)
+ENGINE = EngineOptions(device=Device.CPU, max_rows=8, threads=1, place=EnginePlace.IN_PROCESS)
 
 
 @pytest.fixture
@@ -143,3 +146,44 @@ def test_a_manifest_that_contradicts_itself_is_refused_in_one_line(
         load_model(copy, ENGINE, Metrics("test").step_done)
     assert str(refused.value).startswith(f"{copy}: ")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("quota", "engines", "threads", "rows"),
+    [("800000 100000\n", 7, 1, 32), ("150000 100000\n", 1, 1, 64), ("max 100000\n", 15, 1, 32), (None, 15, 1, 32)],
+)
+def test_engines_fill_the_cores_that_a_container_may_use(
+    bundles: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quota: str | None,
+    engines: int,
+    threads: int,
+    rows: int,
+) -> None:
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    made: list[EngineSpec] = []
+
+    class Seen(RemoteEngine):
+        def __init__(self, name: str, spec: EngineSpec, *others: Any) -> None:
+            super().__init__(name, spec, *others)
+            made.append(spec)
+
+    monkeypatch.setattr("server.loading._CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr("server.loading.RemoteEngine", Seen)
+    load_model(bundles["encoder_decoder"], EngineOptions(device=Device.CPU), lambda name, stats: None)
+    assert [(spec.threads, spec.rows) for spec in made] == [(threads, rows)] * engines
+
+
+def test_engines_share_rows_and_memory(bundles: dict[str, Path]) -> None:
+    def rows(**options: Any) -> int:
+        engine = EngineOptions(device=Device.CPU, precision=Precision.FP32, **options)
+        return load_model(bundles["encoder_decoder"], engine, lambda name, stats: None).limits.max_beams
+
+    assert rows(engines=1, max_rows=10) == 10
+    assert rows(engines=3, max_rows=10) == 4
+    one = rows(engines=1, cache_memory=200_000)
+    assert rows(engines=2, cache_memory=400_000) == one
+    assert rows(engines=2, cache_memory=200_000) < one

@@ -7,8 +7,10 @@ import logging
 import sys
 from typing import Any
 
-from server.call import Call, current_call
+from server.call import Call, Trace, current_call
 from server.logs import JsonFormatter
+
+TRACE = Trace.continued(f"00-{'a' * 32}-{'b' * 16}-01")
 
 
 def entry(log: logging.Logger, **fields: Any) -> dict[str, Any]:
@@ -27,11 +29,12 @@ def test_a_record_is_one_line_of_json_with_its_fields() -> None:
 
 def test_a_record_carries_the_request_id_of_the_running_call() -> None:
     def within() -> dict[str, Any]:
-        current_call.set(Call(method="Generate", request_id="r-1"))
+        current_call.set(Call(method="Generate", request_id="r-1", trace=TRACE))
         return entry(logging.getLogger("x"))
 
-    assert contextvars.copy_context().run(within)["request_id"] == "r-1"
-    assert "request_id" not in entry(logging.getLogger("x"))
+    made = contextvars.copy_context().run(within)
+    assert (made["request_id"], made["trace_id"], made["span_id"]) == ("r-1", "a" * 32, TRACE.span_id)
+    assert not {"request_id", "trace_id", "span_id"} & entry(logging.getLogger("x")).keys()
 
 
 def test_an_exception_is_one_field() -> None:

@@ -3,11 +3,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from protos import transformer_pb2 as pb
+from server.engine_client import EngineStatus
 from server.metrics import Metrics
 from server.step_stats import StepStats
 from tests.server.fake_engine import FakeEngine
@@ -17,7 +19,9 @@ COUNTERS = {
     "transformer_requests_total": {"model", "method", "outcome"},
     "transformer_input_tokens_total": {"model"},
     "transformer_output_tokens_total": {"model"},
+    "transformer_wasted_tokens_total": {"model"},
     "transformer_steps_total": {"model"},
+    "transformer_engine_restarts_total": {"model", "reason"},
     "transformer_step_rows_total": {"model"},
     "transformer_step_seconds_total": {"model", "part"},
 }
@@ -36,6 +40,8 @@ GAUGES = {
     "transformer_tokens_waiting": {"model"},
     "transformer_rows_running": {"model"},
     "transformer_rows_capacity": {"model"},
+    "transformer_engines_up": {"model"},
+    "transformer_engine_progress_age_seconds": {"model"},
     "transformer_ready": set(),
     "transformer_model_info": {"model", "family", "task", "precision", "device", "fingerprint"},
     "transformer_build_info": {"version"},
@@ -53,6 +59,7 @@ STEP = StepStats(
     waiting_requests=0,
     waiting_tokens=0,
     queue_seconds=(0.001, 0.002),
+    wasted_tokens=2,
 )
 
 
@@ -116,20 +123,39 @@ def test_a_step_becomes_its_series() -> None:
     assert value("step_rows_total") == 15
     assert value("input_tokens_total") == 51
     assert value("output_tokens_total") == 12
+    assert value("wasted_tokens_total") == 6
     assert value("step_seconds_total", part="runtime") == pytest.approx(0.024)
     assert value("step_seconds_total", part="host") == pytest.approx(0.006)
     assert value("step_duration_seconds_count") == 3
     assert value("queue_duration_seconds_count") == 6
-    assert (value("requests_running"), value("rows_capacity")) == (3, 64)
     assert metrics.registry.get_sample_value("transformer_build_info", {"version": "1.2.3"}) == 1
 
 
-async def test_the_queue_is_read_when_asked_for() -> None:
-    engine = FakeEngine()
+async def test_where_an_engine_stands_is_read_when_asked_for() -> None:
+    status = EngineStatus(
+        alive=True,
+        live_rows=12,
+        waiting_requests=7,
+        waiting_tokens=91,
+        live_requests=3,
+        row_capacity=64,
+        engines_up=2,
+        progress_age=1.5,
+    )
+
+    class Standing(FakeEngine):
+        @property
+        def status(self) -> EngineStatus:
+            return replace(status, alive=self.alive)
+
+    engine = Standing()
     async with run_server(served_model(engine)) as running:
-        engine.waiting_requests, engine.waiting_tokens = 7, 91
-        assert running.value("transformer_requests_waiting", model="dates") == 7
-        assert running.value("transformer_tokens_waiting", model="dates") == 91
+        names = ("requests_running", "rows_running", "rows_capacity", "requests_waiting", "tokens_waiting")
+        assert [running.value(f"transformer_{name}", model="dates") for name in names] == [3, 12, 64, 7, 91]
+        assert running.value("transformer_engine_progress_age_seconds", model="dates") == 1.5
+        assert running.value("transformer_engines_up", model="dates") == 2
+        engine.alive = False
+        assert running.value("transformer_engines_up", model="dates") == 0
 
 
 async def test_series_begin_at_zero() -> None:

@@ -1,0 +1,162 @@
+"""What crosses between a front end and its engine process: msgpack in a fixed schema, checked when it arrives. No pickle.
+
+The schema is that of ``server.requests``, ``StepStats`` and ``EngineSpec``: a field added there crosses without a change here.
+msgspec tells the members of a union apart by the tag of a Struct, so each dataclass that is one of several travels in a
+Struct of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias, assert_never
+
+import msgspec
+from msgspec import Struct
+
+from server.engine import Addressed
+from server.engine_spec import EngineSpec
+from server.requests import Encoded, EncodingRequest, Failed, Finished, GenerationRequest, TokensReady
+from server.step_stats import StepStats
+from server.stepper import Command
+
+
+class WireError(Exception):
+    """What arrived is no message of the schema."""
+
+
+class _Message(Struct, array_like=True, forbid_unknown_fields=True, tag=True):
+    pass
+
+
+# To the engine
+
+
+class Start(_Message):
+    """The first message: what to be."""
+
+    spec: EngineSpec
+    log_level: str
+
+
+class _Generate(_Message):
+    request: GenerationRequest
+
+
+class _Encode(_Message):
+    request: EncodingRequest
+
+
+class _Cancel(_Message):
+    request_id: str
+
+
+class Commands(_Message):
+    """In order. Each of these messages is answered by at least one Report."""
+
+    items: tuple[_Generate | _Encode | _Cancel, ...]
+
+    @classmethod
+    def of(cls, commands: Sequence[Command]) -> Commands:
+        return cls(tuple(map(_wrap_command, commands)))
+
+    def unwrap(self) -> list[Command]:
+        return [item.request_id if isinstance(item, _Cancel) else item.request for item in self.items]
+
+
+# From the engine
+
+
+class Ready(_Message):
+    """Loaded and warm."""
+
+
+class Unavailable(_Message):
+    """It cannot be: one line saying why."""
+
+    message: str
+
+
+class _Tokens(_Message):
+    request_id: str
+    event: TokensReady
+
+
+class _Finished(_Message):
+    request_id: str
+    event: Finished
+
+
+class _Encoded(_Message):
+    request_id: str
+    event: Encoded
+
+
+class _Failed(_Message):
+    request_id: str
+    event: Failed
+
+
+class Report(_Message):
+    """One step's news, or only that commands have been taken."""
+
+    taken: int
+    """Commands messages taken since the start."""
+    events: tuple[_Tokens | _Finished | _Encoded | _Failed, ...]
+    stats: StepStats | None
+    """None when there was nothing to do."""
+
+    @classmethod
+    def of(cls, taken: int, events: Sequence[Addressed] = (), stats: StepStats | None = None) -> Report:
+        return cls(taken, tuple(map(_wrap_event, events)), stats)
+
+    def unwrap(self) -> list[Addressed]:
+        return [(item.request_id, item.event) for item in self.events]
+
+
+ToEngine: TypeAlias = Start | Commands
+FromEngine: TypeAlias = Ready | Unavailable | Report
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """Raises WireError."""
+    try:
+        return _to_engine.decode(data)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"not a message to an engine: {error}") from error
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    """Raises WireError."""
+    try:
+        return _from_engine.decode(data)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"not a message from an engine: {error}") from error
+
+
+def _wrap_command(command: Command) -> _Generate | _Encode | _Cancel:
+    if isinstance(command, str):
+        return _Cancel(command)
+    if isinstance(command, GenerationRequest):
+        return _Generate(command)
+    return _Encode(command)
+
+
+def _wrap_event(addressed: Addressed) -> _Tokens | _Finished | _Encoded | _Failed:
+    request_id, event = addressed
+    if isinstance(event, TokensReady):
+        return _Tokens(request_id, event)
+    if isinstance(event, Finished):
+        return _Finished(request_id, event)
+    if isinstance(event, Encoded):
+        return _Encoded(request_id, event)
+    if isinstance(event, Failed):
+        return _Failed(request_id, event)
+    assert_never(event)

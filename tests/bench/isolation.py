@@ -1,0 +1,129 @@
+"""``python -m tests.bench.isolation BUNDLE``: what it costs to have the engine in a process of its own.
+
+Both kinds are driven in turn by the same load, without gRPC, in one run: one request at a time for the latency that the way to
+the process adds, then many at once for the throughput. Medians over the rounds, and their range.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from export.bundle import Bundle, open_bundle
+from server.build_engine import build_engine
+from server.engine_client import EngineClient
+from server.engine_spec import EngineSpec
+from server.in_process import InProcessEngine
+from server.remote_engine import RemoteEngine
+from server.requests import Decoding, GenerationRequest
+
+_FIRST_WORD = 4
+"""Ids below are special."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """One value for each round."""
+
+    single: list[float] = field(default_factory=list)
+    """Median seconds of a request alone."""
+    rate: list[float] = field(default_factory=list)
+    """Requests a second with many in flight."""
+
+
+async def run_one(engine: EngineClient, request: GenerationRequest) -> None:
+    async with aclosing(engine.submit(request)) as events:
+        async for _ in events:
+            pass
+
+
+async def measure(engine: EngineClient, requests: list[GenerationRequest], at_once: int, figures: Figures) -> None:
+    """One round of each kind of load."""
+    seconds = []
+    for request in requests[: len(requests) // 8]:
+        began = time.perf_counter()
+        await run_one(engine, request)
+        seconds.append(time.perf_counter() - began)
+    figures.single.append(statistics.median(seconds))
+    queue = iter(requests)
+
+    async def caller() -> None:
+        for request in queue:
+            await run_one(engine, request)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(at_once)))
+    figures.rate.append(len(requests) / (time.perf_counter() - began))
+
+
+def requests_for(bundle: Bundle, count: int, stream: bool) -> list[GenerationRequest]:
+    rng, vocabulary = random.Random(0), bundle.manifest.model["vocab_size"]
+    longest = min(24, bundle.manifest.limits["max_input_tokens"])
+    decoding = Decoding(max_tokens=16, min_tokens=16)
+    return [
+        GenerationRequest(
+            id=f"r{number}",
+            input_ids=tuple(rng.randrange(_FIRST_WORD, vocabulary) for _ in range(rng.randint(4, longest))),
+            decoding=decoding,
+            stream=stream,
+        )
+        for number in range(count)
+    ]
+
+
+async def compare(path: Path, precision: str, rounds: int, count: int, at_once: int, stream: bool) -> dict[str, Figures]:
+    bundle = open_bundle(path)
+    spec = EngineSpec(bundle=str(path), fingerprint=bundle.fingerprint, precision=precision, rows=32, device="cpu", threads=1)
+    engines: dict[str, EngineClient] = {
+        "in-process": InProcessEngine("here", partial(build_engine, spec), lambda stats: None),
+        "process": RemoteEngine("there", spec, lambda stats: None),
+    }
+    requests = requests_for(bundle, count, stream)
+    figures = {kind: Figures() for kind in engines}
+    for engine in engines.values():
+        await engine.start()
+        await measure(engine, requests[:64], at_once, Figures())  # warm
+    for _ in range(rounds):
+        for kind, engine in engines.items():
+            await measure(engine, requests, at_once, figures[kind])
+    for engine in engines.values():
+        await engine.drain(5)
+    return figures
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
+    precision: Annotated[str, typer.Option(help="Graphs of the bundle that run.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    requests: Annotated[int, typer.Option(min=64, help="In each round.")] = 256,
+    at_once: Annotated[int, typer.Option(min=1, help="Requests in flight where the rate is measured.")] = 32,
+    stream: Annotated[bool, typer.Option(help="Report every token as it becomes final.")] = True,
+) -> None:
+    figures = asyncio.run(compare(bundle, precision, rounds, requests, at_once, stream))
+    for kind, own in figures.items():
+        single, rate = statistics.median(own.single) * 1000, statistics.median(own.rate)
+        print(
+            f"{kind:10}: alone {single:7.2f} ms ({min(own.single) * 1000:.2f} to {max(own.single) * 1000:.2f});"
+            f" {at_once} in flight: {rate:7.1f} requests/s ({min(own.rate):.1f} to {max(own.rate):.1f})"
+        )
+    here, there = figures["in-process"], figures["process"]
+    added = (statistics.median(there.single) - statistics.median(here.single)) * 1000
+    share = statistics.median(there.rate) / statistics.median(here.rate)
+    print(f"the process adds {added:.2f} ms to a request alone, and serves {share:.1%} of the rate")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m tests.bench.isolation")

@@ -1,0 +1,96 @@
+"""The real command, started as an operator starts it: a server process, what it says, and what it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+_START_SECONDS = 300
+
+
+class ServerError(RuntimeError):
+    """The server did not come up."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A running ``python -m server``."""
+
+    pid: int
+    port: int
+    http_port: int
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def engines(self) -> list[int]:
+        """Process ids of its engines now."""
+        children = " ".join(path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/children")).split()
+        return [int(child) for child in children if b"server.engine_process" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+    @property
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    async def series(self) -> dict[tuple[str, str], float]:
+        """Every sample of a scrape, summed over labels but the one that matters: (name, outcome or reason)."""
+        text = await asyncio.to_thread(self._scrape)
+        found: Counter[tuple[str, str]] = Counter()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found[sample.name, sample.labels.get("outcome") or sample.labels.get("reason") or ""] += sample.value
+        return dict(found)
+
+    def _scrape(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=10) as response:
+            text: str = response.read().decode()
+        return text
+
+
+@asynccontextmanager
+async def server_process(bundle: Path, *arguments: str) -> AsyncIterator[ServerProcess]:
+    """Serves a bundle on free ports until the block ends. Raises ServerError."""
+    free = ("--port", "0", "--http-port", "0")  # the last of two flags counts
+    command = [sys.executable, "-m", "server", str(bundle), *free, *arguments]
+    process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    ports: dict[str, int] = {}
+    said: list[str] = []
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            async for line in process.stderr:
+                said.append(line.decode())
+                entry = json.loads(line) if line.startswith(b"{") else {}
+                ports.update((key, entry[key]) for key in ("port", "http_port") if key in entry)
+                if entry.get("message") == "serving":
+                    break
+            else:
+                raise ServerError("".join(said[-3:]))
+        rest = asyncio.create_task(_read_on(process.stderr))
+        yield ServerProcess(process.pid, ports["port"], ports["http_port"])
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+        await process.wait()
+    await rest
+
+
+async def _read_on(stream: asyncio.StreamReader) -> None:
+    """A full pipe would stop the server."""
+    while await stream.read(65536):
+        pass

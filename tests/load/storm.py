@@ -1,0 +1,159 @@
+"""``python -m tests.load.storm BUNDLE``: callers who leave and deadlines that pass, at random moments. Nothing may stay behind.
+
+The server runs in this process, its engine in one of its own, so that tasks can be counted beside rows and descriptors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+
+from protos import transformer_pb2 as pb
+from protos import transformer_pb2_grpc
+from server.config import Device, EngineOptions, ServerOptions
+from server.loading import load_model
+from server.metrics import Metrics
+from server.server import Server
+from server.step_stats import StepStats
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """What is there of each kind; the difference between two of these is what stayed behind."""
+
+    tasks: int
+    descriptors: int
+    rows: int
+    waiting: int
+
+    @classmethod
+    def now(cls, server: Server) -> Left:
+        status = [model.engine.status for model in server.models]
+        return cls(
+            tasks=len(asyncio.all_tasks()),
+            descriptors=len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+            rows=sum(one.live_rows for one in status),
+            waiting=sum(one.waiting_requests for one in status),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    ends: Counter[str]
+    """How the calls ended, as their callers saw it."""
+    before: Left
+    after: Left
+    steps_too_many: int
+    """Steps that the engine took when no call was left, beyond the one that was under way."""
+    wasted_tokens: int
+
+
+async def storm(bundle: Path, calls: int, *, at_once: int = 64, longest: float = 0.2, seed: int = 1) -> Report:
+    """Args: longest: seconds within which each call is abandoned, unless it was answered before."""
+    metrics, steps, wasted = Metrics("storm"), 0, 0
+
+    def on_step(name: str, stats: StepStats) -> None:
+        nonlocal steps, wasted
+        steps += 1
+        wasted += stats.wasted_tokens
+        metrics.step_done(name, stats)
+
+    options = ServerOptions(port=0, http_port=0, notice_seconds=0)
+    server = Server([load_model(bundle, EngineOptions(device=Device.CPU, engines=1), on_step)], options, metrics)
+    life = asyncio.create_task(server.serve())
+    await _until(lambda: server.serving or life.done())
+    try:
+        rng, ends, numbers = random.Random(seed), Counter[str](), iter(range(calls))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = transformer_pb2_grpc.TransformerStub(channel)
+            for _ in range(4):
+                await stub.Generate(_request(rng), timeout=30)
+            await asyncio.sleep(0.1)
+            before = Left.now(server)
+
+            async def caller() -> None:
+                for _ in numbers:
+                    ends[await _abandoned_call(stub, rng, longest)] += 1
+
+            await asyncio.gather(*(caller() for _ in range(at_once)))
+            quiet = steps
+            after = await _settled(server, before)
+            too_many = max(0, steps - quiet - 1)
+            await stub.Generate(_request(rng), timeout=30)  # which also brings the count of the last waste
+        return Report(ends=ends, before=before, after=after, steps_too_many=too_many, wasted_tokens=wasted)
+    finally:
+        server.ask_to_stop()
+        await life
+
+
+async def _abandoned_call(stub: transformer_pb2_grpc.TransformerStub, rng: random.Random, longest: float) -> str:
+    """By the caller's own will, or by its deadline."""
+    seconds, streams, cancels = rng.uniform(0, longest), rng.random() < 0.5, rng.random() < 0.5
+    method = stub.GenerateStream if streams else stub.Generate
+    call = method(_request(rng), timeout=60 if cancels else max(0.001, seconds))
+    if cancels:
+        asyncio.get_running_loop().call_later(seconds, call.cancel)
+    try:
+        if streams:
+            async for _ in call:
+                pass
+        else:
+            await call
+    except grpc.aio.AioRpcError as error:
+        return str(error.code().name)
+    except asyncio.CancelledError:
+        return "CANCELLED"
+    return "OK"
+
+
+def _request(rng: random.Random) -> pb.GenerateRequest:
+    text = "".join(rng.choices(_LETTERS, k=rng.randint(1, 12)))
+    beams = rng.choice([1, 1, 1, 2])
+    return pb.GenerateRequest(inputs=[pb.Input(text=text)] * rng.choice([1, 1, 3]), options=pb.GenerationOptions(beams=beams))
+
+
+async def _settled(server: Server, before: Left) -> Left:
+    """Within a second everything is as it was, or stays as it is."""
+    for _ in range(200):
+        if (after := Left.now(server)) == before:
+            break
+        await asyncio.sleep(0.005)
+    return after
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
+    calls: Annotated[int, typer.Option(min=1, help="Calls that are abandoned.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Fixes what is asked and when it is abandoned.")] = 1,
+) -> None:
+    """Exits with 1 unless rows, tasks and descriptors are what they were before."""
+    report = asyncio.run(storm(bundle, calls, seed=seed))
+    print(f"calls as their callers saw them: {dict(report.ends)}")
+    print(f"before: {report.before}\nafter:  {report.after}")
+    print(f"tokens computed for calls that were abandoned: {report.wasted_tokens}; steps too many: {report.steps_too_many}")
+    sys.exit(report.after != report.before or report.steps_too_many > 0)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m tests.load.storm")
