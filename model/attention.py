@@ -6,6 +6,7 @@ Shapes: B batch, T queries, S keys, D model width, H query heads, G key/value he
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,20 +73,39 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(config.d_model, kv_width, bias=config.bias)
         self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
+    def self_projections(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, KeyValue]:
+        """Queries [B, H, T, K], and keys and values as ``keys_values``, of the same ``x`` [B, T, D]."""
+        q, k, v = _maps(x, self.query, self.key, self.value)
+        return self._place(q, self.heads, rotary), (self._place(k, self.kv_heads, rotary), self._place(v, self.kv_heads, None))
+
     def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> KeyValue:
         """[B, S, D] -> two of [B, G, S, K], keys rotated to their positions when ``rotary`` is given."""
-        k, v = self._split(self.key(x), self.kv_heads), self._split(self.value(x), self.kv_heads)
-        return (rotate(k, *rotary) if rotary else k), v
+        k, v = _maps(x, self.key, self.value)
+        return self._place(k, self.kv_heads, rotary), self._place(v, self.kv_heads, None)
 
     def forward(
         self, x: Tensor, keys_values: KeyValue, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Queries from ``x`` [B, T, D], attending to ``keys_values``; returns [B, T, D]."""
-        q = self._split(self.query(x), self.heads)  # [B, H, T, K]
-        if rotary:
-            q = rotate(q, *rotary)
+        return self.attend(self._place(self.query(x), self.heads, rotary), keys_values, mask)
+
+    def attend(self, q: Tensor, keys_values: KeyValue, mask: Tensor | None) -> Tensor:
+        """[B, H, T, K] -> [B, T, D]."""
         y = attention(q, *keys_values, mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).flatten(2))  # [B, T, D]
 
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.width)).transpose(1, 2)  # [B, H, T, K]
+    def _place(self, x: Tensor, heads: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x.unflatten(-1, (heads, self.width)).transpose(1, 2)  # [B, H, T, K]
+        return rotate(x, *rotary) if rotary else x
+
+
+def _maps(x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
+    """Several linear maps of one input: in training as one matrix product, which reads (and under autocast casts) ``x`` once.
+
+    In evaluation each map is called by itself, so that hooks on it see what passes.
+    """
+    if not maps[0].training:
+        return [linear(x) for linear in maps]
+    bias = None if maps[0].bias is None else torch.cat([linear.bias for linear in maps])
+    together = F.linear(x, torch.cat([linear.weight for linear in maps]), bias)
+    return together.split([linear.out_features for linear in maps], dim=-1)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from model.attention import KeyValue, MultiHeadAttention
 from model.config import ModelConfig
+from model.dropout import add_dropout, dropout
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -26,7 +27,7 @@ class FeedForward(nn.Module):
         self.dropout = config.activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.dropout(self.activation(self.expand(x)), self.dropout, self.training))
+        return self.contract(dropout(self.activation(self.expand(x)), self.dropout, self.training))
 
 
 class Residual(nn.Module):
@@ -46,7 +47,7 @@ class Residual(nn.Module):
         return self.norm(x) if self.pre else x
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = add_dropout(x, y, self.dropout, self.training)
         return x if self.pre else self.norm(x)
 
 
@@ -61,7 +62,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, rotary: Rotary | None) -> Tensor:
         """[B, S, D] -> [B, S, D]; ``mask`` [B, 1, 1, S] hides padding."""
         h = self.attention_residual.enter(x)
-        x = self.attention_residual.leave(x, self.attention(h, self.attention.keys_values(h, rotary), mask, rotary))
+        q, keys_values = self.attention.self_projections(h, rotary)
+        x = self.attention_residual.leave(x, self.attention.attend(q, keys_values, mask))
         return self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
 
 
@@ -96,10 +98,10 @@ class DecoderLayer(nn.Module):
             cross_mask: [B, 1, 1, S], hides the source's padding.
         """
         h = self.self_residual.enter(x)
-        present = self.self_attention.keys_values(h, rotary)
+        q, present = self.self_attention.self_projections(h, rotary)
         if past is not None:
             present = torch.cat([past[0], present[0]], dim=2), torch.cat([past[1], present[1]], dim=2)
-        x = self.self_residual.leave(x, self.self_attention(h, present, self_mask, rotary))
+        x = self.self_residual.leave(x, self.self_attention.attend(q, present, self_mask))
         if cross is not None:
             h = self.cross_residual.enter(x)
             x = self.cross_residual.leave(x, self.cross_attention(h, cross, cross_mask))

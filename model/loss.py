@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from model.batches import IGNORE
 
-_ROWS = {"cpu": 256, "cuda": 4096}
+_ROWS = {"cpu": 512, "cuda": 4096}
 """Rows of logits that exist at a time."""
 
 
@@ -69,12 +69,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
             mean_logit = h_rows.float() @ mean_weight
             # (1 - smoothing) * nll + smoothing * mean over V of -log p
             loss += (nll[:, 0] + smoothing * (label_logit[:, 0] - mean_logit)).sum()
-            p.scatter_add_(1, y, torch.full_like(y, -(1.0 - smoothing), dtype=dtype))
             torch.matmul(p, w, out=grad_features[i : i + rows])
             grad_weight += p.T @ h_rows
-        if smoothing:
-            grad_features -= (smoothing * mean_weight).to(dtype)
-            grad_weight -= smoothing / len(weight) * h.float().sum(0)
+        # So far softmax(logits) alone; the target distribution is one row of the weight, and the mean of all.
+        grad_features = grad_features.float() - (1.0 - smoothing) * F.embedding(labels, weight) - smoothing * mean_weight
+        grad_weight.index_add_(0, labels, h.float(), alpha=-(1.0 - smoothing))
+        grad_weight -= smoothing / len(weight) * h.float().sum(0)
         ctx.save_for_backward(grad_features.to(features.dtype), grad_weight.to(weight.dtype))
         return loss
 

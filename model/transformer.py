@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from model.attention import KeyValue, causal_mask, padding_mask, rotary_table
 from model.config import ModelConfig
+from model.dropout import dropout
 from model.layers import DecoderLayer, EncoderLayer, Rotary
 
 PAD = 0
@@ -68,7 +69,7 @@ class PositionedEmbedding(nn.Module):
         x = F.embedding(tokens, weight) * self.scale
         if self.positions is not None:
             x = x + self.positions[start : start + tokens.size(1)]
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 class Stack(nn.Module):
