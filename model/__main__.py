@@ -12,8 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +24,9 @@ from model.config import PRESETS, ConfigError, ModelConfig
 from model.data import DataError
 from model.recipe import RecipeError, load_recipe, shipped_recipes
 from model.tokenizer import TokenizerError
+
+if TYPE_CHECKING:
+    from model.significance import Comparison
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -40,13 +44,20 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="Go on exactly where the run in --out was left.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars into OUT/tensorboard as well.")] = False,
 ) -> None:
-    """Train a recipe into a run directory."""
+    """Train a recipe into a run directory, and write its report.
+
+    On several devices or processes: torchrun --nproc-per-node N -m model train ...; training.accumulate is shared out.
+    """
+    from model.report import write_report
     from model.train import train as train_recipe
 
     if resume and force:
         raise typer.BadParameter("--resume and --force exclude each other")
-    train_recipe(load_recipe(recipe, overrides), out, resume=resume, force=force)
+    train_recipe(load_recipe(recipe, overrides), out, resume=resume, force=force, tensorboard=tensorboard)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"report: {write_report(out)}", err=True)
 
 
 @app.command()
@@ -55,21 +66,29 @@ def evaluate(
     source: Annotated[Path | None, typer.Option(help="Text to evaluate on (default: the run's held-out examples).")] = None,
     target: Annotated[Path | None, typer.Option(help="The other side of parallel text.")] = None,
     beams: Annotated[int, typer.Option(min=1, help="1: greedy, in batches; more: the reference beam search, slow.")] = 1,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run of the same task: compare by paired bootstrap over the examples.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure a trained run by its task's metrics."""
+    """Measure a trained run by its task's metrics, or two runs against each other."""
     from model.checkpoint import load_run
-    from model.evaluate import evaluate_run
+    from model.evaluate import compare_runs, evaluate_run
 
     console = Console(stderr=True)
     with console.status("evaluating") as status:
-        metrics = evaluate_run(
-            load_run(run),
-            source=source,
-            target=target,
-            beams=beams,
-            on_progress=lambda done, everything: status.update(f"{done:,} of {everything:,}"),
-        )
+
+        def tell(done: int, everything: int) -> None:
+            status.update(f"{done:,} of {everything:,}")
+
+        ours = load_run(run)
+        if against:
+            comparisons = compare_runs(ours, load_run(against), source=source, target=target, beams=beams, on_progress=tell)
+        else:
+            metrics = evaluate_run(ours, source=source, target=target, beams=beams, on_progress=tell)
+    if against:
+        _show_comparisons(comparisons, str(run), str(against), as_json)
+        return
     if as_json:
         typer.echo(json.dumps(metrics))
         return
@@ -77,6 +96,25 @@ def evaluate(
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
+
+
+def _show_comparisons(comparisons: list[Comparison], run: str, other: str, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({c.metric: asdict(c) | {"difference": c.difference} for c in comparisons}))
+        return
+    table = Table("metric", run, other, "difference", "95 % interval", "p")
+    for c in comparisons:
+        interval = f"{c.low:+.2f} … {c.high:+.2f}"
+        table.add_row(c.metric, f"{c.ours:.2f}", f"{c.theirs:.2f}", f"{c.difference:+.2f}", interval, f"{c.p:.3f}")
+    Console().print(table)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory, finished or still training.")]) -> None:
+    """Draw a run's curves, samples and cross-attention on one page, report.html."""
+    from model.report import write_report
+
+    typer.echo(write_report(run))
 
 
 @app.command()

@@ -48,10 +48,9 @@ class Batch:
     """The arguments of ``Transformer.forward``."""
     labels: Tensor
     """[B, T], IGNORE where there is padding; [B] for classification."""
-    label_count: int
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(tuple(x.to(device) for x in self.inputs), self.labels.to(device), self.label_count)
+        return Batch(tuple(x.to(device) for x in self.inputs), self.labels.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +67,10 @@ class Epoch:
 
     def __getitem__(self, batch: int) -> Batch:
         return _COLLATE[self.kind]([self.examples[i] for i in self.plan[batch]])
+
+    def label_count(self, batch: int) -> int:
+        """Labels in the batch, padding not counted."""
+        return sum(_LABELS[self.kind](self.examples[i]) for i in self.plan[batch])
 
     def padding(self) -> float:
         """The share of positions, in inputs and outputs, that hold padding."""
@@ -118,22 +121,29 @@ def _collate_pairs(examples: list[Example]) -> Batch:
     source, lengths = _sources(examples)
     target = _pad([[Tokenizer.BOS, *e.output] for e in examples], Tokenizer.PAD)  # [B, T]
     labels = _pad([[*e.output, Tokenizer.EOS] for e in examples], IGNORE)  # [B, T]
-    return Batch((source, lengths, target), labels, sum(len(e.output) + 1 for e in examples))
+    return Batch((source, lengths, target), labels)
 
 
 def _collate_texts(examples: list[Example]) -> Batch:
     tokens = _pad([e.input for e in examples], Tokenizer.PAD)  # [B, T]
-    return Batch((tokens,), _pad([e.output for e in examples], IGNORE), sum(len(e.output) for e in examples))
+    return Batch((tokens,), _pad([e.output for e in examples], IGNORE))
 
 
 def _collate_labelled(examples: list[Example]) -> Batch:
-    return Batch(_sources(examples), torch.tensor([e.output[0] for e in examples]), len(examples))
+    return Batch(_sources(examples), torch.tensor([e.output[0] for e in examples]))
 
 
 _COLLATE: dict[Kind, Callable[[list[Example]], Batch]] = {
     "sequence_to_sequence": _collate_pairs,
     "language_model": _collate_texts,
     "classification": _collate_labelled,
+}
+
+
+_LABELS: dict[Kind, Callable[[Example], int]] = {
+    "sequence_to_sequence": lambda example: len(example.output) + 1,  # </s> is learnt as well
+    "language_model": lambda example: len(example.output),
+    "classification": lambda example: 1,
 }
 
 

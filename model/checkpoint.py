@@ -7,22 +7,23 @@ A run is a directory:
     tokenizer.json
     best.safetensors       the weights with the best validation loss
     average.safetensors    the mean of the last few evaluations' weights, if the recipe asks for it; preferred
-    last.safetensors       the latest weights, and what it takes to go on exactly: optimiser, generators, place in the data
+    last.safetensors       the latest weights, and what it takes to go on exactly: optimiser, place in the data
+    previous.safetensors   the same of one evaluation earlier, should the last one be damaged
     held_out.jsonl         examples that training never saw
     calibration.jsonl      a few training examples in ids
-    log.jsonl, loss.png    the curves
+    log.jsonl              every update and evaluation
+    report.html, plots/    the run on one page, and its pictures
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -36,8 +37,8 @@ from model.typed_table import read_table
 FORMAT_VERSION = 1
 WEIGHTS = ("average.safetensors", "best.safetensors")
 """In order of preference."""
-_STATE = "training/"
-"""Prefix of the tensors in last.safetensors that are not weights."""
+STATE = "training/"
+"""Prefix of the tensors in last.safetensors that are not weights: see model.progress."""
 
 
 class RunError(ValueError):
@@ -60,25 +61,6 @@ class Run:
     held_out: list[dict[str, Any]]
     calibration: list[dict[str, list[int]]]
     """input and output, as model.batches.Example."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far training has come. Together with last.safetensors' tensors, all there is to know."""
-
-    update: int = 0
-    epoch: int = 0
-    batch: int = 0
-    """Batches of this epoch that are done."""
-    seconds: float = 0.0
-    """Spent training, interruptions not counted."""
-    tokens: int = 0
-    """Labels learned from."""
-    best: list[float] = field(default_factory=list)
-    """``Validation.rank`` of the best evaluation; empty before the first."""
-    evaluations_since_best: int = 0
-    precision: str = "fp32"
-    started: str = ""
 
 
 def load_run(path: str | Path) -> Run:
@@ -177,53 +159,19 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 def load_weights(model: Transformer, path: Path) -> None:
     """Raises RunError unless the file holds exactly this model's weights."""
-    _fill(model, {name: tensor for name, tensor in _read(path).items() if not name.startswith(_STATE)}, path)
+    fill_model(model, {name: tensor for name, tensor in read_tensors(path).items() if not name.startswith(STATE)}, path)
 
 
 def average_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for path in paths:
-        for name, tensor in _read(path).items():
+        for name, tensor in read_tensors(path).items():
             total[name] = total[name] + tensor.double() if name in total else tensor.double()
     return {name: (tensor / len(paths)).float() for name, tensor in total.items()}
 
 
-def save_progress(model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress, path: Path) -> None:
-    """One file, so that weights, optimiser and position always belong together."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{_STATE}optimizer/{index}/{name}"] = value.detach().cpu().contiguous()
-    tensors[f"{_STATE}generator/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors[f"{_STATE}generator/cuda"] = torch.cuda.get_rng_state()
-    metadata = {"progress": json.dumps(asdict(progress))}
-    write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
-
-
-def load_progress(model: Transformer, optimizer: torch.optim.Optimizer, path: Path) -> Progress:
-    """Puts model, optimiser and random generators back to where ``save_progress`` saw them."""
-    tensors = _read(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            progress = Progress(**json.loads((file.metadata() or {})["progress"]))
-        load_weights(model, path)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"{_STATE}optimizer/"):
-                index, key = name.removeprefix(f"{_STATE}optimizer/").split("/")
-                state.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-        torch.set_rng_state(tensors[f"{_STATE}generator/cpu"])
-        if torch.cuda.is_available() and f"{_STATE}generator/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors[f"{_STATE}generator/cuda"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: does not hold the state of this training: {error}") from error
-    return progress
-
-
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises RunError for a file that is missing or cannot be read."""
     try:
         return load_file(path)
     except OSError as error:
@@ -232,7 +180,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path}: damaged: {error}") from error
 
 
-def _fill(model: Transformer, weights: dict[str, Tensor], path: Path) -> None:
+def fill_model(model: Transformer, weights: dict[str, Tensor], path: Path) -> None:
+    """Raises RunError, naming ``path``, unless these are exactly the model's tensors."""
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is not part of the model" for name in weights if name not in expected]

@@ -1,9 +1,9 @@
 """Dropout that costs little on a CPU.
 
-PyTorch draws CPU dropout masks one Bernoulli number at a time on one thread: of a 4+4-layer, 128-wide model's update that was a
-quarter. Here one call draws 64 random bits for each four elements, and a mask is a comparison of 16-bit integers. For 4,096 x 128
-elements on two cores of an AMD EPYC that takes 0.8 ms instead of 4.2 ms. Bits come from PyTorch's own generator, so seeds and
-saved generator states mean what they always do.
+PyTorch draws CPU dropout masks one Bernoulli number at a time on one thread: of a 4+4-layer, 128-wide model's update that was
+a quarter. Here one call draws 64 random bits for each four elements, and a mask is a comparison of 16-bit integers. For
+4,096 x 128 elements on two cores of an AMD EPYC that takes 0.8 ms instead of 4.2 ms. The bits come from PyTorch's own
+generator, so a seed means what it always does.
 """
 
 from __future__ import annotations

@@ -5,19 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model import metrics
-from model.batches import Corpus, windows
+from model.batches import Corpus, Example, windows
 from model.checkpoint import Run
 from model.data import DataError, read_labelled, read_parallel, read_text
 from model.decode import beam_search, greedy_batch, score
 from model.objective import validate
+from model.significance import (
+    Comparison,
+    bleu_score,
+    bleu_statistics,
+    hit_rate,
+    hit_statistics,
+    paired_bootstrap,
+    perplexity_score,
+)
 from model.tokenizer import Tokenizer
+from model.transformer import Transformer
 
 _BATCH_TOKENS = 8192
+_TEXT_METRICS = {"exact_match": metrics.exact_match, "bleu": metrics.bleu, "tokenized_bleu": metrics.tokenized_bleu}
 
 
 def evaluate_run(
@@ -36,20 +48,75 @@ def evaluate_run(
         on_progress: is told (done, all) as sentences are decoded.
     """
     kind = run.task["kind"]
-    if (target is None) != (source is None or kind != "sequence_to_sequence"):
-        raise DataError(f"a {kind} run needs {'source and target' if kind == 'sequence_to_sequence' else 'a source alone'}")
+    if kind == "language_model" and source:
+        _check_files(kind, source, target)
+        return _text_perplexity(run, read_text(source))
+    pairs = _read_pairs(run, source, target)
     if kind == "sequence_to_sequence":
-        pairs = read_parallel(source, target) if source and target else [(e["source"], e["target"]) for e in run.held_out]
         return _translation(run, pairs, beams, on_progress)
     if kind == "classification":
+        return metrics.classification(classify(run, [text for text, _ in pairs]), [c for _, c in pairs], run.task["labels"])
+    return _continuation_perplexity(run, pairs)
+
+
+def compare_runs(
+    run: Run,
+    other: Run,
+    *,
+    source: Path | None = None,
+    target: Path | None = None,
+    beams: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Comparison]:
+    """The metrics of two runs of one task on the same examples: ``run``'s held-out ones, or the files'.
+
+    Raises:
+        DataError: the runs are of different tasks, or their language models are asked for files.
+    """
+    for key in ("kind", "metric", "labels"):
+        if run.task[key] != other.task[key]:
+            raise DataError(f"runs of different tasks cannot be compared: {key} {run.task[key]!r} and {other.task[key]!r}")
+    pairs = _read_pairs(run, source, target)
+    sources, targets = [s for s, _ in pairs], [t for _, t in pairs]
+    if run.task["kind"] == "language_model":
+        return [paired_bootstrap("perplexity", perplexity_score, (_continuation_nats(r, pairs) for r in (run, other)))]
+    if run.task["kind"] == "classification":
+        hits = (hit_statistics(classify(r, sources), targets) for r in (run, other))
+        return [paired_bootstrap("accuracy", hit_rate, hits)]
+    outputs = [translate(r, sources, beams, on_progress) for r in (run, other)]
+    comparisons = [paired_bootstrap("exact_match", hit_rate, (hit_statistics(texts, targets) for texts in outputs))]
+    metric = run.task["metric"]
+    if metric != "exact_match":
+        ngrams = (bleu_statistics(texts, targets, tokenized=metric == "tokenized_bleu") for texts in outputs)
+        comparisons.insert(0, paired_bootstrap(metric, bleu_score, ngrams))
+    return comparisons
+
+
+def _read_pairs(run: Run, source: Path | None, target: Path | None) -> list[tuple[str, str]]:
+    """Each text with what is wanted: its translation, its label, its continuation."""
+    kind = run.task["kind"]
+    _check_files(kind, source, target)
+    if source is None:
+        return [(e["source"], e["label" if kind == "classification" else "target"]) for e in run.held_out]
+    if kind == "sequence_to_sequence":
+        assert target
+        return read_parallel(source, target)
+    if kind == "classification":
         labels = run.task["labels"]
-        examples = (
-            [(text, labels[c]) for text, c in read_labelled(source, labels)]
-            if source
-            else [(e["source"], e["label"]) for e in run.held_out]
-        )
-        return _classification(run, examples)
-    return _text_perplexity(run, read_text(source)) if source else _continuation_perplexity(run, run.held_out)
+        return [(text, labels[c]) for text, c in read_labelled(source, labels)]
+    raise DataError("language models are compared on the run's held-out continuations: leave the source out")
+
+
+def _check_files(kind: str, source: Path | None, target: Path | None) -> None:
+    if (target is None) != (source is None or kind != "sequence_to_sequence"):
+        raise DataError(f"a {kind} run needs {'source and target' if kind == 'sequence_to_sequence' else 'a source alone'}")
+
+
+def greedy_metric(model: Transformer, tokenizer: Tokenizer, metric: str, examples: Sequence[Example], max_tokens: int) -> float:
+    """The task's metric of greedy outputs, decoded in batches: quick enough for every evaluation of a training."""
+    outputs = greedy_batch(model, [example.input for example in examples], max_tokens)
+    texts = [tokenizer.decode(ids) for ids in outputs]
+    return _TEXT_METRICS[metric](texts, [tokenizer.decode(list(example.output)) for example in examples])
 
 
 def _translation(
@@ -58,10 +125,7 @@ def _translation(
     sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
     outputs = translate(run, sources, beams, on_progress)
     result = {"exact_match": metrics.exact_match(outputs, targets)}
-    if run.task["metric"] == "tokenized_bleu":
-        result["tokenized_bleu"] = metrics.tokenized_bleu(outputs, targets)
-    elif run.task["metric"] == "bleu":
-        result["bleu"] = metrics.bleu(outputs, targets)
+    result[run.task["metric"]] = _TEXT_METRICS[run.task["metric"]](outputs, targets)
     result["chrf"] = metrics.chrf(outputs, targets)
     return result
 
@@ -94,14 +158,15 @@ def _source_ids(run: Run, text: str) -> list[int]:
 
 
 @torch.no_grad()
-def _classification(run: Run, examples: Sequence[tuple[str, str]]) -> dict[str, float]:
+def classify(run: Run, texts: Sequence[str]) -> list[str]:
+    """The most probable label of each text."""
     outputs, device = [], next(run.model.parameters()).device
-    for text, _ in examples:
+    for text in texts:
         ids = _source_ids(run, text)
         logits = run.model.classify(*(torch.tensor([x], device=device) for x in (ids, len(ids)))).logits  # [1, C]
         assert logits is not None
         outputs.append(run.task["labels"][int(logits.argmax())])
-    return metrics.classification(outputs, [label for _, label in examples], run.task["labels"])
+    return outputs
 
 
 def _text_perplexity(run: Run, text: str) -> dict[str, float]:
@@ -115,15 +180,20 @@ def _text_perplexity(run: Run, text: str) -> dict[str, float]:
     return _perplexity(nats, nats * (len(tokens) - 1), len(run.tokenizer.decode(tokens[1:])))
 
 
-def _continuation_perplexity(run: Run, examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _continuation_perplexity(run: Run, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Of each held-out continuation, given its prompt."""
-    total, tokens = 0.0, 0
-    for example in examples:
-        prompt, continuation = run.tokenizer.encode_text(example["source"]), run.tokenizer.encode_text(example["target"])
-        continuation = continuation[: run.config.max_target_length - len(prompt)]
-        total -= sum(score(run.model, prompt, continuation))
-        tokens += len(continuation)
-    return _perplexity(total / tokens, total, sum(len(example["target"]) for example in examples))
+    nats, tokens = _continuation_nats(run, pairs).sum(0)
+    return _perplexity(nats / tokens, nats, sum(len(text) for _, text in pairs))
+
+
+def _continuation_nats(run: Run, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
+    """[N, 2]: -log p of each continuation given its prompt, and its tokens."""
+    rows = []
+    for text, following in pairs:
+        prompt = run.tokenizer.encode_text(text)
+        continuation = run.tokenizer.encode_text(following)[: run.config.max_target_length - len(prompt)]
+        rows.append((-sum(score(run.model, prompt, continuation)), len(continuation)))
+    return np.array(rows, dtype=np.float64)
 
 
 def _perplexity(nats_per_token: float, nats: float, characters: int) -> dict[str, float]:

@@ -17,8 +17,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """A new name is on the disk only when its directory is."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """What writes left behind that were cut off by the end of their process."""
+    for rest in directory.rglob(".*.tmp"):
+        rest.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

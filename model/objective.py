@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.batches import Batch, Epoch
@@ -13,17 +13,24 @@ from model.loss import cross_entropy, negative_log_likelihood
 from model.transformer import Transformer
 
 
-def training_loss(model: Transformer, batch: Batch, smoothing: float, dtype: torch.dtype) -> Tensor:
-    """The sum over the batch's labels of the cross-entropy with smoothed labels; matrix products in ``dtype``."""
-    with torch.autocast(batch.labels.device.type, dtype, enabled=dtype != torch.float32):
+class TrainingLoss(nn.Module):
+    """The sum over a batch's labels of the cross-entropy with smoothed labels; matrix products in ``dtype``."""
+
+    def __init__(self, model: Transformer, smoothing: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.smoothing, self.dtype = model, smoothing, dtype
+
+    def forward(self, batch: Batch) -> Tensor:
+        model, dtype = self.model, self.dtype
+        with torch.autocast(batch.labels.device.type, dtype, enabled=dtype != torch.float32):
+            if model.config.has_decoder:
+                features = model.features(*batch.inputs)  # [B, T, D]
+            else:
+                logits = model.classify(*batch.inputs).logits  # [B, C]
         if model.config.has_decoder:
-            features = model.features(*batch.inputs)  # [B, T, D]
-        else:
-            logits = model.classify(*batch.inputs).logits  # [B, C]
-    if model.config.has_decoder:
-        return cross_entropy(features, model.output_weight, batch.labels, smoothing, dtype)
-    assert logits is not None
-    return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing, reduction="sum")
+            return cross_entropy(features, model.output_weight, batch.labels, self.smoothing, dtype)
+        assert logits is not None
+        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.smoothing, reduction="sum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,6 @@ def validate(model: Transformer, epoch: Epoch) -> Validation:
             assert logits is not None
             loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
             wrong += int((logits.argmax(-1) != batch.labels).sum())
-        count += batch.label_count
+        count += epoch.label_count(i)
     model.train(was_training)
     return Validation(loss / count, None if model.config.has_decoder else wrong / count)

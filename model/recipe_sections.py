@@ -120,6 +120,8 @@ class TrainingRecipe:
     """Stop after this many evaluations that are no better than the best: by loss, of classes by errors."""
     evaluate_every: int = 0
     """Updates between evaluations; 0: at the end of each epoch."""
+    metric_examples: int = 100
+    """Validation examples decoded greedily at every evaluation, for the curve of the task's metric; 0: no such curve."""
     batch_tokens: int
     """Positions in a batch, padding included, on the wider side of source and target."""
     accumulate: int = 1
@@ -150,7 +152,8 @@ class TrainingRecipe:
     def problems(self) -> list[str]:
         at_least = {"max_updates": 1, "batch_tokens": 1, "accumulate": 1, "learning_rate": 0, "final_learning_rate": 0,
                     "max_epochs": 0, "max_minutes": 0, "patience": 0, "evaluate_every": 0, "warmup_updates": 0, "eps": 0,
-                    "momentum": 0, "weight_decay": 0, "clip_norm": 0, "average_last": 0, "seed": 0}  # fmt: skip
+                    "momentum": 0, "weight_decay": 0, "clip_norm": 0, "average_last": 0, "metric_examples": 0,
+                    "seed": 0}  # fmt: skip
         problems = [
             f"training.{name} must be at least {low}, not {getattr(self, name)}"
             for name, low in at_least.items()

@@ -1,22 +1,24 @@
-"""What a person sees of training: a progress bar, a log of JSON lines, and the curve as a picture."""
+"""What a person sees of training: a progress bar, and a log of JSON lines."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from model.files import write_atomically, write_json_lines
+from model.files import write_json_lines
+from model.scalars import Scalars
 
 
 class TrainLog:
     """log.jsonl holds one line for each update and one for each evaluation; the bar shows the latest of both."""
 
-    def __init__(self, path: Path, total_updates: int, resume_at: int | None, console: Console) -> None:
+    def __init__(
+        self, path: Path, total_updates: int, resume_at: int | None, console: Console, scalars: Scalars | None = None
+    ) -> None:
         """Args: ``resume_at``: keep the lines up to this update and go on from there; None starts a new log."""
         kept = [] if resume_at is None else [entry for entry in read_log(path) if entry["update"] <= resume_at]
         write_json_lines(path, kept)
@@ -29,16 +31,17 @@ class TrainLog:
         self._task = self._bar.add_task("starting", total=total_updates, completed=resume_at or 0, left="?")
         self._loss: float | None = None
 
-    def __enter__(self) -> TrainLog:
+        self._scalars = scalars
         self._bar.start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
         self._bar.stop()
         self._file.close()
+        if self._scalars:
+            self._scalars.close()
 
     def update(self, entry: dict[str, Any], tokens_per_second: float, seconds_left: float) -> None:
-        self._file.write(_line(entry))
+        self._write(entry)
         self._loss = entry["loss"] if self._loss is None else 0.95 * self._loss + 0.05 * entry["loss"]
         self._bar.update(
             self._task,
@@ -48,13 +51,18 @@ class TrainLog:
         )
 
     def evaluation(self, entry: dict[str, Any], better: bool) -> None:
-        self._file.write(_line(entry))
+        self._write(entry)
         error = f" · {entry['validation_error']:.1%} wrong" if "validation_error" in entry else ""
         mark = " (best)" if better else ""
         self.say(
             f"update {entry['update']:>6,} · epoch {entry['epoch']} · validation loss {entry['validation_loss']:.4f}"
             f"{error}{mark} · {entry['seconds']:.0f} s"
         )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        if self._scalars:
+            self._scalars.add(entry)
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
@@ -69,29 +77,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return entries
-
-
-def plot_loss(log: Path, picture: Path, title: str) -> None:
-    """Training loss, smoothed over a hundredth of the updates, and validation loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    entries = read_log(log)
-    training = [(entry["update"], entry["loss"]) for entry in entries if "loss" in entry]
-    validation = [(entry["update"], entry["validation_loss"]) for entry in entries if "validation_loss" in entry]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    window = max(1, len(training) // 100)
-    means = [training[i : i + window] for i in range(0, len(training), window)]
-    axes.plot([m[-1][0] for m in means], [sum(loss for _, loss in m) / len(m) for m in means], label="training", linewidth=1.2)
-    axes.plot(*zip(*validation, strict=True), label="validation", marker=".", linewidth=1.2) if validation else None
-    axes.set(title=title, xlabel="update", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomically(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    pyplot.close(figure)
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"

@@ -15,7 +15,7 @@ _TRAINING = 'learning_rate = 5e-3\nwarmup_updates = 10\nprecision = "fp32"\n'
 
 def write_lines(path: Path, lines: list[str], *, zipped: bool = True) -> None:
     content = "".join(line + "\n" for line in lines).encode()
-    path.write_bytes(gzip.compress(content) if zipped else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
 
 
 def parallel_recipe(folder: Path, *overrides: str) -> Recipe:

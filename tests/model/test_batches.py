@@ -43,19 +43,21 @@ def test_similar_lengths_leave_little_padding() -> None:
 
 
 def test_pairs_are_shifted_and_padded() -> None:
-    batch = Epoch([Example([7, 8, 2], [9]), Example([7, 2], [9, 10, 11])], [[0, 1]], "sequence_to_sequence")[0]
+    epoch = Epoch([Example([7, 8, 2], [9]), Example([7, 2], [9, 10, 11])], [[0, 1]], "sequence_to_sequence")
+    batch = epoch[0]
     source, lengths, target = batch.inputs
     assert source.tolist() == [[7, 8, 2], [7, 2, 0]]
     assert lengths.tolist() == [3, 2]
     assert target.tolist() == [[1, 9, 0, 0], [1, 9, 10, 11]]
     assert batch.labels.tolist() == [[9, 2, IGNORE, IGNORE], [9, 10, 11, 2]]
-    assert batch.label_count == int((batch.labels != IGNORE).sum())
+    assert epoch.label_count(0) == int((batch.labels != IGNORE).sum())
 
 
 def test_labelled_texts_carry_one_class_each() -> None:
-    batch = Epoch([Example([7, 2], [1]), Example([7, 8, 2], [0])], [[0, 1]], "classification")[0]
+    epoch = Epoch([Example([7, 2], [1]), Example([7, 8, 2], [0])], [[0, 1]], "classification")
+    batch = epoch[0]
     assert batch.labels.tolist() == [1, 0]
-    assert batch.label_count == 2
+    assert epoch.label_count(0) == 2
     assert batch.inputs[0].dtype == batch.labels.dtype == torch.int64
 
 
@@ -66,6 +68,7 @@ def test_windows_ask_for_every_token_once(length: int, offset: int) -> None:
     examples = windows(text, 5, offset)
     assert [token for e in examples for token in e.output] == text[offset + 1 :]
     assert all(list(e.output) == [token + 1 for token in e.input] and 1 <= len(e.input) <= 5 for e in examples)
-    batch = Epoch(examples, [list(range(len(examples)))], "language_model")[0]
-    assert batch.label_count == length - 1 - offset
+    epoch = Epoch(examples, [list(range(len(examples)))], "language_model")
+    batch = epoch[0]
+    assert epoch.label_count(0) == length - 1 - offset
     assert batch.inputs[0].shape == batch.labels.shape

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-import model.train
+import model.trainer
 from model.checkpoint import Run, RunError, load_run
 from model.data import DataError
 from model.prepare import prepare
@@ -27,14 +27,14 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 def crash_at(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine goes down in the middle of an update."""
-    rate = model.train.learning_rate
+    rate = model.trainer.learning_rate
 
     def crash(recipe: object, next_update: int) -> float:
         if next_update == update:
             raise KeyboardInterrupt
         return rate(recipe, next_update)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model.train, "learning_rate", crash)
+    monkeypatch.setattr(model.trainer, "learning_rate", crash)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,7 @@ def test_each_kind_of_task_is_learned(
 def check_run_directory(out: Path, run: Run) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {"recipe.toml", "run.json", "tokenizer.json", "best.safetensors", "last.safetensors", "held_out.jsonl",
-                     "calibration.jsonl", "log.jsonl", "loss.png"}  # fmt: skip
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+                     "calibration.jsonl", "log.jsonl", "previous.safetensors"}  # fmt: skip
     assert run.task["kind"] and run.generation["max_tokens"] == 256
     assert run.held_out and set(run.held_out[0]) in ({"source", "target"}, {"source", "label"})
     assert run.calibration and set(run.calibration[0]) == {"input", "output"}
@@ -148,7 +147,7 @@ def test_a_loss_that_is_no_number_stops_training_and_spares_the_checkpoint(tmp_p
         return 1e-3 if update <= 5 else 1e38
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.train, "learning_rate", rate)
+        patch.setattr(model.trainer, "learning_rate", rate)
         with pytest.raises(TrainingError, match=r"at update \d+ .*lower training.learning_rate"):
             train(recipe, out, console=QUIET)
     run = load_run(out)

@@ -1,8 +1,9 @@
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 
-from model.train_log import TrainLog, plot_loss, read_log
+from model.train_log import TrainLog, read_log
 
 QUIET = Console(quiet=True)
 
@@ -12,7 +13,7 @@ def entry(update: int) -> dict[str, float]:
 
 
 def write_log(path: Path, updates: range, resume_at: int | None = None) -> None:
-    with TrainLog(path, 10, resume_at, QUIET) as log:
+    with closing(TrainLog(path, 10, resume_at, QUIET)) as log:
         for update in updates:
             log.update(entry(update), 100.0, 60.0)
 
@@ -31,13 +32,3 @@ def test_a_new_log_starts_empty(tmp_path: Path) -> None:
     write_log(path, range(1, 8))
     write_log(path, range(1, 3))
     assert read_log(path) == [entry(1), entry(2)]
-
-
-def test_the_curve_is_drawn_with_and_without_evaluations(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    write_log(path, range(1, 8))
-    plot_loss(path, tmp_path / "loss.png", "a task")
-    with TrainLog(path, 10, 7, QUIET) as log:
-        log.evaluation({"update": 7, "epoch": 0, "validation_loss": 0.5, "seconds": 8.0}, True)
-    plot_loss(path, tmp_path / "loss.png", "a task")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
