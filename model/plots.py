@@ -59,13 +59,16 @@ def draw_attention(weights: Tensor, source: Sequence[str], target: Sequence[str]
 
 def _loss(axes: Any, entries: Entries) -> None:
     updates, losses = _series(entries, "loss")
-    axes.plot(*_means(updates, losses), color=_BLUE, linewidth=1.6, label="training")
+    training = _means(updates, losses)[1]
+    axes.plot(*_means(updates, losses), color=_BLUE, linewidth=1.6, label="training (as it is minimised)")
     updates, losses = _series(entries, "validation_loss")
+    lowest, settled = min([*training, *losses]), max([*training[len(training) // 30 :], *losses[:1]])
     if losses:
         best = min(range(len(losses)), key=losses.__getitem__)
         axes.plot(updates, losses, color=_ORANGE, linewidth=1.6, marker=".", markersize=4, label="validation")
         _point(axes, updates[best], losses[best], f"best {losses[best]:.3f}", below=True)
-    axes.set(ylabel="loss (nats a label)")
+    room = 0.12 * (settled - lowest) or 0.1
+    axes.set(ylabel="loss (nats a label)", ylim=(lowest - room, settled + room))  # the first plunge would squeeze the rest
     axes.legend(frameon=False)
 
 
@@ -77,7 +80,7 @@ def _metric(axes: Any, entries: Entries, metric: str) -> None:
     _point(axes, updates[best], values[best], f"best {values[best]:.2f}", below=lower_is_better)
     axes.set(ylabel=metric.replace("_", " ") + " (validation)")
     if lower_is_better and max(values) > 20 * min(values):
-        axes.set_yscale("log")
+        _log_scale(axes)
 
 
 def _learning_rate(axes: Any, entries: Entries) -> None:
@@ -92,8 +95,18 @@ def _gradient_norm(axes: Any, entries: Entries) -> None:
     axes.plot(updates, norms, color=_GREY, linewidth=0.5, alpha=0.5, label="each update")
     axes.plot(*_means(updates, norms), color=_BLUE, linewidth=1.6, label="mean")
     axes.set(ylabel="gradient norm")
-    axes.set_yscale("log")
+    _log_scale(axes)
     axes.legend(frameon=False)
+
+
+def _log_scale(axes: Any) -> None:
+    """With ticks that read as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _series(entries: Entries, key: str) -> tuple[list[float], list[float]]:
@@ -132,6 +145,7 @@ def _draw(picture: Path, fill: Callable[[Any], None], size: tuple[float, float] 
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=size, layout="constrained")
         axes.set(xlabel="update")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         fill(axes)
         write_atomically(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
         pyplot.close(figure)

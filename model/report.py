@@ -69,9 +69,14 @@ def _draw_alignment(run: Run, picture: Path) -> Path:
     limit = min(run.generation["max_tokens"], run.config.max_target_length, _LONGEST_ALIGNED)
     output = greedy_batch(run.model, [source], limit)[0]
     weights = cross_attention_weights(run.model, source, [Tokenizer.BOS, *output])  # [L, H, T, S]
-    # Row t is what was looked at to write token t. The last layers align best; their heads share the work.
-    written = [*run.tokenizer.pieces(output), "</s>"]
-    return draw_attention(weights[-1].mean(0), [*run.tokenizer.pieces(source[:-1]), "</s>"], written, picture)
+    # Row t is what was looked at to write token t; the heads of a layer share the work.
+    return draw_attention(weights[-1].mean(0), _tokens(run, source), _tokens(run, [*output, Tokenizer.EOS]), picture)
+
+
+def _tokens(run: Run, ids: Sequence[int]) -> list[str]:
+    """Each token as it looks in a text; special ones by name."""
+    texts = [run.tokenizer.decode([i]).strip() for i in ids]
+    return [text or piece for text, piece in zip(texts, run.tokenizer.pieces(ids), strict=True)]
 
 
 def _page(

@@ -84,7 +84,7 @@ def bleu_statistics(outputs: Sequence[str], targets: Sequence[str], *, tokenized
 
 def bleu_score(sums: NDArray[np.float64]) -> float:
     sys_len, ref_len, *ngrams = (int(value) for value in sums)
-    return float(sacrebleu.BLEU.compute_bleu(ngrams[:4], ngrams[4:], sys_len, ref_len).score)
+    return float(sacrebleu.BLEU.compute_bleu(ngrams[:4], ngrams[4:], sys_len, ref_len, smooth_method="exp").score)
 
 
 def perplexity_score(sums: NDArray[np.float64]) -> float:

@@ -7,7 +7,7 @@ from rich.console import Console
 from model.checkpoint import Run
 from model.data import DataError
 from model.decode import beam_search, greedy
-from model.evaluate import evaluate_run, translate
+from model.evaluate import compare_runs, evaluate_run, translate
 from model.train import train
 from tests.model.corpora import labelled_recipe, parallel_recipe, text_recipe, write_lines
 
@@ -71,3 +71,33 @@ def test_labelled_files_are_classified(tmp_path: Path) -> None:
     write_lines(tmp_path / "bad.txt", ["1 a dog", "cat a man"])
     with pytest.raises(DataError, match="line 2 begins with 'cat'"):
         evaluate_run(run, source=tmp_path / "bad.txt")
+
+
+def test_two_runs_are_compared_on_the_same_examples(translation: tuple[Run, Path]) -> None:
+    run, folder = translation
+    short = ["task.metric='tokenized_bleu'", "training.max_updates=12"]
+    other = train(parallel_recipe(folder, *short), folder / "other", console=QUIET)
+    bleu, exact = compare_runs(run, other)
+    assert (bleu.metric, exact.metric) == ("tokenized_bleu", "exact_match")
+    assert bleu.ours == pytest.approx(evaluate_run(run)["tokenized_bleu"])
+    assert bleu.theirs == pytest.approx(evaluate_run(other)["tokenized_bleu"])
+    assert bleu.difference > 0
+    assert bleu.p < 0.05
+    files = compare_runs(run, other, source=folder / "validation.en.gz", target=folder / "validation.de.gz")
+    assert files == [bleu, exact]
+
+
+def test_classifiers_and_language_models_are_compared_too(tmp_path: Path) -> None:
+    for make_recipe, metric in ((labelled_recipe, "accuracy"), (text_recipe, "perplexity")):
+        good, poor = (
+            train(make_recipe(tmp_path, f"training.max_updates={n}"), tmp_path / f"{metric}{n}", console=QUIET)
+            for n in (60, 10)
+        )
+        (found,) = compare_runs(good, poor)
+        assert found.metric == metric
+        assert (found.difference > 0) == (metric == "accuracy")
+        assert found.low <= found.difference <= found.high
+    with pytest.raises(DataError, match="different tasks cannot be compared: kind"):
+        compare_runs(good, train(labelled_recipe(tmp_path), tmp_path / "labels", console=QUIET))
+    with pytest.raises(DataError, match="leave the source out"):
+        compare_runs(good, poor, source=tmp_path / "text.txt")

@@ -33,6 +33,17 @@ def test_train_then_evaluate_then_describe(tmp_path: Path, capsys: pytest.Captur
     code, out, _ = call(capsys, "evaluate", run)
     assert code == 0
     assert "chrf" in out
+    code, out, _ = call(capsys, "evaluate", run, "--against", run, "--json")
+    assert code == 0
+    assert json.loads(out)["bleu"]["p"] == 1.0
+    code, out, _ = call(capsys, "evaluate", run, "--against", run)
+    assert code == 0
+    assert "difference" in out
+    (run / "report.html").unlink()  # written at the end of training
+    code, out, _ = call(capsys, "report", run)
+    assert code == 0
+    assert out.strip() == str(run / "report.html")
+    assert (run / "report.html").exists()
     code, out, _ = call(capsys, "describe", run, "--json")
     assert code == 0
     assert json.loads(out)["model"]["vocab_size"] == 300

@@ -1,7 +1,6 @@
 """Runs that were stopped in every unkind way, and what going on makes of them."""
 
 import io
-import os
 import resource
 import signal
 import subprocess
@@ -74,7 +73,7 @@ def kill(descriptor):
 os.fsync = kill
 train(load_recipe(recipe), out, resume=how == "resume")
 """
-"""Dies by SIGKILL at the count-th sync. Odd counts: a file is written, but not yet in its place (its directory is synced next)."""
+"""Dies by SIGKILL at the count-th sync. At an odd one, a file is written but not yet in its place."""
 
 
 def test_kill_9_in_the_middle_of_a_write_changes_nothing(straight: Path, tmp_path: Path) -> None:
@@ -167,7 +166,7 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 def test_a_full_disk_stops_training_with_the_last_checkpoint_whole(straight: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     train(recipe_of(tmp_path, "training.max_updates=6"), tmp_path / "run", console=QUIET)
-    size = os.path.getsize(tmp_path / "run" / "last.safetensors")
+    size = (tmp_path / "run" / "last.safetensors").stat().st_size
     with (
         no_file_larger_than(size // 2),
         pytest.raises(TrainingError, match=r"File too large; the checkpoint of update 6 is whole: go on with --resume"),
