@@ -9,28 +9,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.batches import Batch, Epoch
+from model.consistency import consistent_class_loss, consistent_cross_entropy, twice
 from model.loss import cross_entropy, negative_log_likelihood
 from model.transformer import Transformer
 
 
 class TrainingLoss(nn.Module):
-    """The sum over a batch's labels of the cross-entropy with smoothed labels; matrix products in ``dtype``."""
+    """The sum over a batch's labels of the cross-entropy with smoothed labels; matrix products in ``dtype``.
 
-    def __init__(self, model: Transformer, smoothing: float, dtype: torch.dtype) -> None:
+    Args:
+        consistency: above 0, each batch is read twice and the readings are pulled together: see ``model.consistency``.
+    """
+
+    def __init__(self, model: Transformer, smoothing: float, dtype: torch.dtype, consistency: float = 0.0) -> None:
         super().__init__()
-        self.model, self.smoothing, self.dtype = model, smoothing, dtype
+        self.model, self.smoothing, self.dtype, self.consistency = model, smoothing, dtype, consistency
 
     def forward(self, batch: Batch) -> Tensor:
-        model, dtype = self.model, self.dtype
-        with torch.autocast(batch.labels.device.type, dtype, enabled=dtype != torch.float32):
+        model, dtype, labels = self.model, self.dtype, batch.labels
+        inputs = twice(batch).inputs if self.consistency else batch.inputs
+        with torch.autocast(labels.device.type, dtype, enabled=dtype != torch.float32):
             if model.config.has_decoder:
-                features = model.features(*batch.inputs)  # [B, T, D]
+                features = model.features(*inputs)  # [B, T, D]
             else:
-                logits = model.classify(*batch.inputs).logits  # [B, C]
+                logits = model.classify(*inputs).logits  # [B, C]
         if model.config.has_decoder:
-            return cross_entropy(features, model.output_weight, batch.labels, self.smoothing, dtype)
+            weight = model.output_weight
+            if self.consistency:
+                return consistent_cross_entropy(features, weight, labels, self.smoothing, self.consistency, dtype)
+            return cross_entropy(features, weight, labels, self.smoothing, dtype)
         assert logits is not None
-        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.smoothing, reduction="sum")
+        if self.consistency:
+            return consistent_class_loss(logits.float(), labels, self.smoothing, self.consistency)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing, reduction="sum")
 
 
 @dataclass(frozen=True, slots=True)

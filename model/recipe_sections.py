@@ -140,6 +140,8 @@ class TrainingRecipe:
     weight_decay: float = 0.0
     """On matrices; never on biases, norms, embeddings and positions."""
     label_smoothing: float = 0.0
+    consistency: float = 0.0
+    """Strength of R-Drop (Liang et al. 2021; they use 5 for translation): two readings of each batch must agree; 0: one."""
     clip_norm: float = 0.0
     """Gradients longer than this are shortened to it; 0: never."""
     average_last: int = 0
@@ -152,7 +154,7 @@ class TrainingRecipe:
     def problems(self) -> list[str]:
         at_least = {"max_updates": 1, "batch_tokens": 1, "accumulate": 1, "learning_rate": 0, "final_learning_rate": 0,
                     "max_epochs": 0, "max_minutes": 0, "patience": 0, "evaluate_every": 0, "warmup_updates": 0, "eps": 0,
-                    "momentum": 0, "weight_decay": 0, "clip_norm": 0, "average_last": 0, "metric_examples": 0,
+                    "momentum": 0, "weight_decay": 0, "clip_norm": 0, "average_last": 0, "metric_examples": 0, "consistency": 0,
                     "seed": 0}  # fmt: skip
         problems = [
             f"training.{name} must be at least {low}, not {getattr(self, name)}"

@@ -63,7 +63,8 @@ class Trainer:
     def __post_init__(self) -> None:
         settings, progress = self.recipe.training, self.progress
         self.saved = progress.update
-        self.loss = self.world.share(TrainingLoss(self.model, settings.label_smoothing, PRECISIONS[progress.precision]))
+        loss = TrainingLoss(self.model, settings.label_smoothing, PRECISIONS[progress.precision], settings.consistency)
+        self.loss = self.world.share(loss)
         self.validation = self.prepared.validation.epoch(0)
         self.seconds_before, self.session_begin = progress.seconds, time.monotonic()
 
