@@ -142,8 +142,8 @@ def _figures(run: Run, entries: Sequence[dict[str, Any]]) -> list[tuple[str, str
 
 def _sentence(run: Run) -> str:
     facts = run.provenance
-    processes = f", {facts['processes']} processes" if facts["processes"] > 1 else ""
-    stopped = f"Stopped: {facts['stopped']}." if facts["stopped"] else "Still training, or interrupted: go on with --resume."
+    processes = f", {facts['processes']} processes" if facts.get("processes", 1) > 1 else ""
+    stopped = f"Stopped: {facts['stopped']}." if facts.get("stopped") else "No reason for stopping: training, or interrupted."
     return (
         f"Started {facts['started']} on {facts['machine']}{processes}, {facts['precision']}, PyTorch {facts['torch']}. "
         f"{stopped} Samples and attention come from {facts['weights']}."

@@ -52,10 +52,10 @@ def train(
     """
     with join() as world:
         console = (console or Console(stderr=True)) if world.is_first else Console(quiet=True)
-        if world.is_first:
-            claim_directory(out, recipe, resume=resume, force=force)
         trainer = None
         try:
+            if world.is_first:
+                claim_directory(out, recipe, resume=resume, force=force)
             trainer = _make_trainer(recipe, out, resume, console, world)
             if world.is_first:
                 trainer.open_log(console, resume, tensorboard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class TrainLog:
 
     def close(self) -> None:
         self._bar.stop()
-        self._file.close()
+        with suppress(OSError):  # a full disk has been reported by the write that met it
+            self._file.close()
         if self._scalars:
             self._scalars.close()
 

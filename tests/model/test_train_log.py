@@ -1,6 +1,7 @@
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from model.train_log import TrainLog, read_log
@@ -32,3 +33,12 @@ def test_a_new_log_starts_empty(tmp_path: Path) -> None:
     write_log(path, range(1, 8))
     write_log(path, range(1, 3))
     assert read_log(path) == [entry(1), entry(2)]
+
+
+def test_a_full_disk_is_reported_once(tmp_path: Path) -> None:
+    log = TrainLog(tmp_path / "log.jsonl", 10, None, QUIET)
+    log._file.close()
+    log._file = Path("/dev/full").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left on device"):
+        log.update(entry(1), 100.0, 60.0)
+    log.close()
