@@ -13,142 +13,17 @@ K head width, L layers, V vocabulary, N = B x T.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import MultiHeadAttention
+from export.attention import CrossAttention, PackedSelfAttention, by_rows, cache_scales, stack_linear
+from export.output_layer import OutputLayer
 from model.config import ModelConfig
 from model.layers import DecoderLayer, EncoderLayer, Residual
 from model.transformer import PositionedEmbedding, Transformer
-
-
-def group_query_attention(
-    packed_or_query: Tensor,
-    new: Tensor | None,
-    past: tuple[Tensor, Tensor] | None,
-    last: Tensor,
-    total: Tensor,
-    *,
-    heads: int,
-    kv_heads: int,
-    width: int,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    causal: bool = True,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, ...]:
-    """The operator ``com.microsoft::GroupQueryAttention``.
-
-    Args:
-        packed_or_query: [B, T, (H + 2G) K] with ``new`` None, or queries alone, [B, T, H K].
-        new: [B, 0, G K], in place of keys and values where the cache holds all of them already.
-        past: two of [B, G, C, K], appended to in place when the caller binds output and input to one buffer.
-        last: [B] int32, position of each row's last token of this call.
-        total: int32 scalar, the largest of ``last`` plus one.
-        scales: of int8 caches, keys' and values', each [1, G, 1, K].
-
-    Returns:
-        [B, T, H K] and, where there is a past, the two caches.
-    """
-    batch, length = packed_or_query.shape[:2]
-    inputs = [packed_or_query, new, new, *(past or (None, None)), last, total, *(rotary or (None, None))]
-    attributes: dict[str, Any] = {
-        "num_heads": heads,
-        "kv_num_heads": kv_heads,
-        "do_rotary": int(rotary is not None),
-        "causal": int(causal),
-    }
-    if scales:
-        inputs += [None, None, None, *scales]
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    caches = past or ()
-    return tuple(
-        torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            inputs,
-            attributes,
-            dtypes=[packed_or_query.dtype, *(cache.dtype for cache in caches)],
-            shapes=[(batch, length, heads * width), *(cache.shape for cache in caches)],
-            version=1,
-        )
-    )
-
-
-class Sizes(TypedDict):
-    heads: int
-    kv_heads: int
-    width: int
-
-
-class PackedSelfAttention(nn.Module):
-    """Self-attention with one matrix product for queries, keys and values."""
-
-    def __init__(self, trained: MultiHeadAttention, rotary: tuple[Tensor, Tensor] | None, causal: bool) -> None:
-        super().__init__()
-        self.sizes = Sizes(heads=trained.heads, kv_heads=trained.kv_heads, width=trained.width)
-        self.packed = _stack_linear(trained.query, trained.key, trained.value)
-        self.out = trained.out
-        self.rotary, self.causal = rotary, causal
-        self.scales = cache_scales(trained) if causal else None
-
-    def forward(
-        self, x: Tensor, batch: int, past: tuple[Tensor, Tensor] | None, last: Tensor, total: Tensor
-    ) -> tuple[Tensor, ...]:
-        packed = _by_rows(self.packed(x), batch)  # [B, T, (H + 2G) K]
-        y, *present = group_query_attention(
-            packed, None, past, last, total, rotary=self.rotary, causal=self.causal, scales=self.scales, **self.sizes
-        )
-        return self.out(_shaped_like(x, y)), *present
-
-
-class CrossAttention(nn.Module):
-    """Attention to source positions whose keys and values were computed when the request joined."""
-
-    def __init__(self, trained: MultiHeadAttention) -> None:
-        super().__init__()
-        self.sizes = Sizes(heads=trained.heads, kv_heads=trained.kv_heads, width=trained.width)
-        self.query, self.out = trained.query, trained.out
-        self.scales = cache_scales(trained)
-
-    def forward(
-        self, x: Tensor, batch: int, source: tuple[Tensor, Tensor], new: Tensor, last: Tensor, total: Tensor
-    ) -> tuple[Tensor, ...]:
-        query = _by_rows(self.query(x), batch)  # [B, 1, H K]
-        y, *present = group_query_attention(query, new, source, last, total, scales=self.scales, **self.sizes)
-        return self.out(_shaped_like(x, y)), *present
-
-
-def _by_rows(x: Tensor, batch: int) -> Tensor:
-    """[N, D] or [B, T, D] -> [B, T, D]."""
-    return x if x.dim() == 3 else x.unflatten(0, (batch, -1))
-
-
-def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
-    """y [B, T, D] as [N, D] if x is."""
-    return y if x.dim() == 3 else y.flatten(0, 1)
-
-
-def cache_scales(trained: MultiHeadAttention) -> tuple[Tensor, Tensor] | None:
-    """Scales of this attention's int8 caches, each [1, G, 1, K]; None keeps them as computed. See export.quantize."""
-    if not hasattr(trained, "cache_ranges"):
-        return None
-    key, value = (
-        (r.clamp(min=1e-6) / 127).view(1, trained.kv_heads, 1, -1) for r in cast(tuple[Tensor, Tensor], trained.cache_ranges)
-    )
-    return key, value
-
-
-def _stack_linear(*parts: nn.Linear) -> nn.Linear:
-    """One linear map instead of several of the same input."""
-    whole = nn.Linear(parts[0].in_features, sum(p.out_features for p in parts), bias=parts[0].bias is not None)
-    if hasattr(parts[0], "input_range"):  # see export.quantize
-        whole.input_range = parts[0].input_range
-    whole.weight = nn.Parameter(torch.cat([p.weight for p in parts]).detach())
-    if parts[0].bias is not None:
-        whole.bias = nn.Parameter(torch.cat([cast(Tensor, p.bias) for p in parts]).detach())
-    return whole
 
 
 class Embedded(nn.Module):
@@ -186,7 +61,7 @@ class EncoderStack(nn.Module):
             (y,) = attention(layer.attention_residual.enter(x), batch, None, last, total)
             x = layer.attention_residual.leave(x, y)
             x = _feed_forward(x, layer.feed_forward, layer.feed_forward_residual)
-        return _by_rows(self.final_norm(x), batch)
+        return by_rows(self.final_norm(x), batch)
 
 
 def _feed_forward(x: Tensor, feed_forward: nn.Module, residual: Residual) -> Tensor:
@@ -206,7 +81,7 @@ class SourceGraph(nn.Module):
         self.heads, self.layers = config.key_value_heads, config.decoder_layers
         self.encoder = EncoderStack(model, flat)
         attentions = [cast(DecoderLayer, layer).cross_attention for layer in model.decoder]
-        self.projection = _stack_linear(*(part for cross in attentions for part in (cross.key, cross.value)))
+        self.projection = stack_linear(*(part for cross in attentions for part in (cross.key, cross.value)))
         self.quantized = cache_scales(attentions[0]) is not None
         if self.quantized:  # in units of the caches' scales, so that rounding is all that is left to do
             scales = torch.cat([scale.flatten() for cross in attentions for scale in cache_scales(cross) or ()])
@@ -304,74 +179,10 @@ class DecodeGraph(nn.Module):
                 cross_presents += present
                 x = layer.cross_residual.leave(x, y)
             x = _feed_forward(x, layer.feed_forward, layer.feed_forward_residual)
-        x = _by_rows(x, batch)[:, -1]  # [B, D]
+        x = by_rows(x, batch)[:, -1]  # [B, D]
         logits = self.output(self.final_norm(x)).float()
         values, ids = self.output.best(logits.log_softmax(-1), top_k)
         return values, ids, logits, *presents, *(cross_presents if self.has_cross else ())
-
-
-class OutputLayer(nn.Module):
-    """Logits, and the best of them.
-
-    ``TopK`` looks at each value with much ado. A large vocabulary is therefore cut into blocks: the k best tokens are in the k
-    blocks with the largest maxima, and those are all that ``TopK`` sees. So that blocks are whole, the output is W >= V wide;
-    the tokens beyond V have probability 0.
-    """
-
-    BLOCK = 128
-    MOST = 64
-    """The largest top_k: there must be as many blocks."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        vocab_size, width = model.output_weight.shape
-        self.blocks = -(-vocab_size // self.BLOCK)
-        self.has_blocks = self.blocks >= self.MOST
-        padding = self.blocks * self.BLOCK - vocab_size if self.has_blocks else 0
-        self.linear = nn.Linear(width, vocab_size + padding, bias=padding > 0)
-        self.linear.weight = nn.Parameter(F.pad(model.output_weight.detach(), (0, 0, 0, padding)))
-        if padding:
-            bias = torch.zeros(vocab_size, dtype=self.linear.weight.dtype)
-            self.linear.bias = nn.Parameter(F.pad(bias, (0, padding), value=-torch.inf))
-        if hasattr(model.decoder, "output_range"):  # see export.quantize
-            self.linear.input_range = model.decoder.output_range
-        self.register_buffer("ids", torch.arange(self.blocks * self.BLOCK).view(-1, self.BLOCK))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, D] -> [B, W]."""
-        return cast(Tensor, self.linear(x))
-
-    def best(self, log_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
-        """The top_k largest of each row of [B, W] and their places, [B, top_k], best first."""
-        if not self.has_blocks:
-            return _top_k(log_p, top_k)
-        blocks = log_p.unflatten(1, (-1, self.BLOCK))
-        _, which = _top_k(blocks.amax(2), top_k)  # [B, k]
-        chosen = torch.onnx.ops.symbolic(
-            "GatherND", [blocks, which.unsqueeze(2)], {"batch_dims": 1}, dtype=log_p.dtype, shape=blocks.shape, version=13
-        )  # really [B, k, BLOCK], here and below
-        values, at = _top_k(_join_blocks(chosen), top_k)
-        return values, _join_blocks(F.embedding(which, cast(Tensor, self.ids))).gather(1, at)
-
-
-def _join_blocks(x: Tensor) -> Tensor:
-    """[B, k, BLOCK] -> [B, k BLOCK], whatever shape the tracer believes in."""
-    batch, blocks, size = x.shape
-    return torch.onnx.ops.symbolic(
-        "Reshape", [x, torch.tensor([0, -1])], dtype=x.dtype, shape=(batch, blocks * size), version=14
-    )
-
-
-def _top_k(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    values, places = torch.onnx.ops.symbolic_multi_out(
-        "TopK",
-        [x, k],
-        {"axis": -1, "largest": 1, "sorted": 1},
-        dtypes=[x.dtype, torch.int64],
-        shapes=[x.shape, x.shape],  # really [B, k]: the graph's own shapes are left to the runtime
-        version=11,
-    )
-    return values, places
 
 
 def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

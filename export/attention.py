@@ -1,0 +1,139 @@
+"""Attention in a traced graph: ONNX Runtime's ``GroupQueryAttention`` with the trained projections around it.
+
+Shapes as in ``export.graphs``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import MultiHeadAttention
+
+
+def group_query_attention(
+    packed_or_query: Tensor,
+    new: Tensor | None,
+    past: tuple[Tensor, Tensor] | None,
+    last: Tensor,
+    total: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    causal: bool = True,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """The operator ``com.microsoft::GroupQueryAttention``.
+
+    Args:
+        packed_or_query: [B, T, (H + 2G) K] with ``new`` None, or queries alone, [B, T, H K].
+        new: [B, 0, G K], in place of keys and values where the cache holds all of them already.
+        past: two of [B, G, C, K], appended to in place when the caller binds output and input to one buffer.
+        last: [B] int32, position of each row's last token of this call.
+        total: int32 scalar, the largest of ``last`` plus one.
+        scales: of int8 caches, keys' and values', each [1, G, 1, K].
+
+    Returns:
+        [B, T, H K] and, where there is a past, the two caches.
+    """
+    batch, length = packed_or_query.shape[:2]
+    inputs = [packed_or_query, new, new, *(past or (None, None)), last, total, *(rotary or (None, None))]
+    attributes: dict[str, Any] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "do_rotary": int(rotary is not None),
+        "causal": int(causal),
+    }
+    if scales:
+        inputs += [None, None, None, *scales]
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    caches = past or ()
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            inputs,
+            attributes,
+            dtypes=[packed_or_query.dtype, *(cache.dtype for cache in caches)],
+            shapes=[(batch, length, heads * width), *(cache.shape for cache in caches)],
+            version=1,
+        )
+    )
+
+
+class Sizes(TypedDict):
+    heads: int
+    kv_heads: int
+    width: int
+
+
+class PackedSelfAttention(nn.Module):
+    """Self-attention with one matrix product for queries, keys and values."""
+
+    def __init__(self, trained: MultiHeadAttention, rotary: tuple[Tensor, Tensor] | None, causal: bool) -> None:
+        super().__init__()
+        self.sizes = Sizes(heads=trained.heads, kv_heads=trained.kv_heads, width=trained.width)
+        self.packed = stack_linear(trained.query, trained.key, trained.value)
+        self.out = trained.out
+        self.rotary, self.causal = rotary, causal
+        self.scales = cache_scales(trained) if causal else None
+
+    def forward(
+        self, x: Tensor, batch: int, past: tuple[Tensor, Tensor] | None, last: Tensor, total: Tensor
+    ) -> tuple[Tensor, ...]:
+        packed = by_rows(self.packed(x), batch)  # [B, T, (H + 2G) K]
+        y, *present = group_query_attention(
+            packed, None, past, last, total, rotary=self.rotary, causal=self.causal, scales=self.scales, **self.sizes
+        )
+        return self.out(_shaped_like(x, y)), *present
+
+
+class CrossAttention(nn.Module):
+    """Attention to source positions whose keys and values were computed when the request joined."""
+
+    def __init__(self, trained: MultiHeadAttention) -> None:
+        super().__init__()
+        self.sizes = Sizes(heads=trained.heads, kv_heads=trained.kv_heads, width=trained.width)
+        self.query, self.out = trained.query, trained.out
+        self.scales = cache_scales(trained)
+
+    def forward(
+        self, x: Tensor, batch: int, source: tuple[Tensor, Tensor], new: Tensor, last: Tensor, total: Tensor
+    ) -> tuple[Tensor, ...]:
+        query = by_rows(self.query(x), batch)  # [B, 1, H K]
+        y, *present = group_query_attention(query, new, source, last, total, scales=self.scales, **self.sizes)
+        return self.out(_shaped_like(x, y)), *present
+
+
+def by_rows(x: Tensor, batch: int) -> Tensor:
+    """[N, D] or [B, T, D] -> [B, T, D]."""
+    return x if x.dim() == 3 else x.unflatten(0, (batch, -1))
+
+
+def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """y [B, T, D] as [N, D] if x is."""
+    return y if x.dim() == 3 else y.flatten(0, 1)
+
+
+def cache_scales(trained: MultiHeadAttention) -> tuple[Tensor, Tensor] | None:
+    """Scales of this attention's int8 caches, each [1, G, 1, K]; None keeps them as computed. See export.quantize."""
+    if not hasattr(trained, "cache_ranges"):
+        return None
+    key, value = (
+        (r.clamp(min=1e-6) / 127).view(1, trained.kv_heads, 1, -1) for r in cast(tuple[Tensor, Tensor], trained.cache_ranges)
+    )
+    return key, value
+
+
+def stack_linear(*parts: nn.Linear) -> nn.Linear:
+    """One linear map instead of several of the same input."""
+    whole = nn.Linear(parts[0].in_features, sum(p.out_features for p in parts), bias=parts[0].bias is not None)
+    if hasattr(parts[0], "input_range"):  # see export.quantize
+        whole.input_range = parts[0].input_range
+    whole.weight = nn.Parameter(torch.cat([p.weight for p in parts]).detach())
+    if parts[0].bias is not None:
+        whole.bias = nn.Parameter(torch.cat([cast(Tensor, p.bias) for p in parts]).detach())
+    return whole
