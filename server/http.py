@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from email.message import Message
 from http import HTTPStatus
@@ -46,13 +47,13 @@ class _Ipv6Server(ThreadingHTTPServer):
     address_family = AF_INET6
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(ABC, BaseHTTPRequestHandler):
     server_version, sys_version = "transformer-serving", ""
     timeout = _READ_SECONDS
 
+    @abstractmethod
     def page(self) -> Page | None:
         """The page of this path; None: there is none."""
-        raise NotImplementedError
 
     def do_GET(self) -> None:
         page = self.page()

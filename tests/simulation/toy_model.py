@@ -62,7 +62,7 @@ class ToyModel:
             self.sources[other], self.targets[other] = self.sources[one], self.targets[one][:length]
 
     def prefill(self, tokens: Sequence[int], start: int) -> None:
-        raise NotImplementedError("this model has an encoder")
+        raise AssertionError("a model with an encoder has no prompt to prefill")
 
     def adopt(self, rows: Rows, length: int) -> None:
-        raise NotImplementedError("this model has an encoder")
+        raise AssertionError("a model with an encoder has no prompt to prefill")
