@@ -65,60 +65,65 @@ def beam_step(
     if not complete:
         scores[~present] = -np.inf
     scores = scores.reshape(groups, -1)
-    order = np.argsort(-scores, axis=1, kind="stable") if banks is None else order_by_banks(scores, banks.reshape(groups, -1))
-    order = order[:, : 2 * width]  # [G, 2W]
-    cell = order + (np.arange(groups) * scores.shape[1])[:, None]
-    ranked, token, log_p = scores.take(cell), ids.take(cell), log_probabilities.take(cell)
-    parent = order // candidates
-
-    ends = token == end
+    order = (-scores).argsort(axis=1, kind="stable") if banks is None else order_by_banks(scores, banks.reshape(groups, -1))
+    # From here on by cell, counted through [G, W, C]; cell // C is a place, counted through [G, W].
+    cell = order[:, : 2 * width] + np.arange(0, groups * width * candidates, width * candidates)[:, None]
+    ranked, ends = scores.take(cell), ids.take(cell) == end
     if stops is not None:
         ends |= stops.take(cell)
-    if complete and not ends[:, :width].any() and ranked[:, width - 1].min() > -np.inf:  # the usual step: the first survive
-        group, column = np.divmod(np.arange(groups * width), width)
-        ended = ends[:, :0]
+    flat_rows = rows.ravel()
+    # Usually no text ends: the first candidates survive, as many as there are places.
+    usual = complete and not ends[:, :width].any() and ranked[:, width - 1].min() > -np.inf
+    if usual:
+        survivor, ended = cell[:, :width].ravel(), cell[:0, 0]
     else:
         widths = present.sum(axis=1)
-        rank = np.arange(ranked.shape[1])
+        rank = np.arange(cell.shape[1])
         possible = (ranked > -np.inf) & (rank < 2 * widths[:, None])
         ends &= possible
-        ended = ends & (rank < widths[:, None])
         alive = possible & ~ends
         alive &= alive.cumsum(axis=1) <= widths[:, None]
-        group, column = np.nonzero(alive)  # survivors, by group, best first
-    ended_group, ended_column = np.nonzero(ended)
-    source_place = parent[group, column]
-    target_place = _places(group, source_place, groups, width, present)
-    target = rows[group, target_place]
-    vacant = present.copy()
-    vacant[group, target_place] = False
+        survivor, ended = cell[alive], cell[ends & (rank < widths[:, None])]  # by group, best first
+    source = survivor // candidates
+    target = _places(source, present.ravel(), width)
+    empty = flat_rows[:0]
+    if not usual:
+        vacant = present.ravel().copy()
+        vacant[target] = False
+        empty = flat_rows[vacant]
     return BeamStep(
-        survivor_source=rows[group, source_place],
-        survivor_target=target,
-        survivor_token=token[group, column],
-        survivor_log_probability=log_p[group, column],
-        empty=rows[vacant],
-        ended_source=rows[ended_group, parent[ended_group, ended_column]],
-        ended_token=token[ended_group, ended_column],
-        ended_log_probability=log_p[ended_group, ended_column],
+        survivor_source=flat_rows.take(source),
+        survivor_target=flat_rows.take(target),
+        survivor_token=ids.take(survivor),
+        survivor_log_probability=log_probabilities.take(survivor),
+        empty=empty,
+        ended_source=flat_rows.take(ended // candidates),
+        ended_token=ids.take(ended),
+        ended_log_probability=log_probabilities.take(ended),
     )
 
 
-def _places(group: Rows, parent: Rows, groups: int, width: int, present: NDArray[np.bool_]) -> Rows:
-    """The place [survivors] of each survivor: a parent's first child takes the parent's, the others take childless ones."""
-    key = group * width + parent
-    child = np.full(groups * width, -1)
-    child[key[::-1]] = np.arange(len(key))[::-1]  # of several children the first one, written last, stays
-    goes = np.flatnonzero(child[key] != np.arange(len(key)))
+def _places(parent: Rows, present: NDArray[np.bool_], width: int) -> Rows:
+    """The place of each survivor: a parent's first child takes the parent's, the others take childless ones of the group.
+
+    Args:
+        parent: [survivors] its parent's place, by group.
+        present: [G W] places that have a row.
+    """
+    survivors = np.arange(len(parent))
+    child = np.full(len(present), -1)
+    child[parent[::-1]] = survivors[::-1]  # of several children the first one, written last, stays
+    goes = (child.take(parent) != survivors).nonzero()[0]
     if not len(goes):
         return parent
-    childless = present & (child < 0).reshape(groups, width)
-    # The i-th survivor of a group that must go elsewhere takes the group's i-th childless place.
-    goes_group = group[goes]
-    nth = np.arange(len(goes)) - np.searchsorted(goes_group, goes_group)
-    free_group, free_place = np.nonzero(childless)
+    childless = (present & (child < 0)).nonzero()[0]
     places = parent.copy()
-    places[goes] = free_place[np.searchsorted(free_group, goes_group) + nth]
+    if len(goes) == len(childless):
+        places[goes] = childless
+    else:  # the i-th survivor of a group that must go elsewhere takes the group's i-th childless place
+        group = parent[goes] // width
+        nth = np.arange(len(goes)) - group.searchsorted(group)
+        places[goes] = childless[(childless // width).searchsorted(group) + nth]
     return places
 
 

@@ -214,9 +214,9 @@ class NextTokens:
         """One step of the beam searches of these groups. Returns the rows of the requests that ended."""
         h, groups = self.hypotheses, self.groups
         rows = groups.rows[numbers]
-        present = rows >= 0
-        table = rows[:, : int(present.sum(axis=1).max())]  # [G, widest]
-        present = present[:, : table.shape[1]]
+        widest = int((rows >= 0).sum(axis=1).max())
+        table = rows[:, :widest]  # [G, widest]
+        present = table >= 0
         choices, stops = ids[table], None
         if groups.with_stop_tokens:
             stops = (choices[..., None] == groups.stop_tokens[numbers][:, None, None]).any(axis=-1)

@@ -107,6 +107,8 @@ class SequenceRuntime:
         self._source_last = np.zeros(rows, np.int32)
         self._source_total = np.zeros((), np.int32)
         self._logits = np.zeros((rows, self._logits_width), np.float32)
+        # Two for each beam of the usual widths, and one more where the end of text is forbidden.
+        self.top_k_choices = sorted({min(k, shape.vocab_size) for k in (1, 2, 4, 5, 8, 9, 10, 11, 16, 17, 32, 33, 64)})
         self._top_k = {k: np.array([k], np.int64) for k in self.top_k_choices}
         self._candidates: dict[int, Candidates] = {}
         self._steps: dict[tuple[int, int, int, bool], ort.IOBinding] = {}
@@ -128,11 +130,6 @@ class SequenceRuntime:
         except CudaError as error:
             size = sum(layout.sizes)
             raise RuntimeUnavailable(f"caches of {self.rows} rows ({size / 2**20:,.0f} MiB) on the device: {error}") from None
-
-    @property
-    def top_k_choices(self) -> list[int]:
-        # Few, because each has its own bindings.
-        return sorted({min(k, self.shape.vocab_size) for k in (1, 2, 4, 8, 16, 32, 64)})
 
     def encode(self, sources: Sequence[Sequence[int]], rows: Sequence[Rows]) -> None:
         assert self._encode is not None
@@ -197,16 +194,19 @@ class SequenceRuntime:
         # All rows have written some tokens, of a source as long; each size walks through all of their caches.
         age = min(16, self.shape.longest_target) - 1
         self._source_last[:] = min(16, self.shape.longest_source) - 1
-        best, chosen = float("inf"), self.rows
-        for size in sorted({min(self.rows, size) for size in (16, 32, 64, 128, 256, self.rows)}, reverse=True):
-            self.step_rows = size
-            seconds = min(self._time_step(self.rows, age) for _ in range(5))
-            if seconds < 0.95 * best:  # fewer rows a run only for a reason
-                best, chosen = seconds, size
+        sizes = sorted({min(self.rows, size) for size in (16, 32, 64, 128, 256, self.rows)}, reverse=True)
+        # Rounds over all sizes, so that a busy moment of the machine does not meet one size alone.
+        times = np.min([[self._time_step(size, age) for size in sizes] for _ in range(8)], axis=0)
+        chosen, best = sizes[0], times[0]
+        for size, seconds in zip(sizes, times, strict=True):
+            if seconds < 0.98 * best:  # fewer rows a run only for a reason
+                chosen, best = size, seconds
         self.step_rows = chosen
         self._source_last[:] = 0
 
-    def _time_step(self, rows: int, age: int) -> float:
+    def _time_step(self, step_rows: int, age: int) -> float:
+        """Seconds of a step over all rows in runs of ``step_rows``."""
+        self.step_rows, rows = step_rows, self.rows
         started = time.perf_counter()
         self.decode(np.zeros(rows, np.int64), np.full(rows, age), self.top_k_choices[0], keep_logits=False)
         return time.perf_counter() - started

@@ -59,8 +59,8 @@ class SequenceModel(Protocol):
     rows: int
 
     @property
-    def top_k_choices(self) -> list[int]:
-        """The numbers of candidates a step can be asked for, rising."""
+    def top_k_choices(self) -> Sequence[int]:
+        """The numbers of candidates a step can be asked for, rising; few, because each may have bindings of its own."""
 
     def encode(self, sources: Sequence[Sequence[int]], rows: Sequence[Rows]) -> None:
         """Encodes sources and puts what the decoder needs of source i into every row of rows[i]."""

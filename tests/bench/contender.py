@@ -16,8 +16,6 @@ from typing import Protocol
 from unittest import mock
 
 Source = list[int]
-Wave = list[Source]
-"""Requests that are all present at once."""
 
 
 class ContenderFailed(Exception):
@@ -26,9 +24,10 @@ class ContenderFailed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Waves of requests, one after another."""
+    """Requests of a number of clients, each of which sends its next one when its last one is answered."""
 
-    waves: Sequence[Wave]
+    sources: Sequence[Source]
+    clients: int
     beams: int = 1
     length: int | None = None
     """Tokens that every text gets; None: texts end where they end."""

@@ -1,8 +1,9 @@
 """``python -m tests.bench.peers``: tokens/s of our engine beside CTranslate2, on the same weights, in one run.
 
 Encoding is included, all cores may be used, and each side runs in its best configuration for the point, found by trying all its
-candidates. Then the sides take turns, and medians are compared. ``fixed`` lengths: all sources of a shape are equally long, and
-so are all texts. ``natural``: each text is as long as its source, 5 to 40 tokens, on both sides alike.
+candidates. Then the sides take turns, and medians are compared. So many clients send requests, each its next one when its last
+one is answered; how a side batches them is its own affair. ``fixed`` lengths: all sources of a shape are equally long, and so
+are all texts. ``natural``: each text is as long as its source, 5 to 40 tokens, on both sides alike.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.transformer import Transformer
-from tests.bench.contender import Contender, ContenderFailed, Job, Outcome, Settings, Side, Wave
+from tests.bench.contender import Contender, ContenderFailed, Job, Outcome, Settings, Side
 from tests.bench.ctranslate2_peer import convert
 from tests.bench.natural import natural_length, source_of
 from tests.bench.shapes import BUILD, LENGTHS, SHAPES, build_model, graphs, machine
@@ -70,17 +71,16 @@ class Point:
     concurrency: int
     lengths: Lengths
 
-    def job(self, waves: int) -> Job:
-        """``waves`` times as many requests as there may be at once; the same for each side."""
+    def job(self, rounds: int) -> Job:
+        """``rounds`` requests of each client; the same for each side."""
         rng, vocab_size = random.Random(0), SHAPES[self.shape].vocab_size
         source_length, target_length = LENGTHS[self.shape]
         natural = self.lengths is Lengths.NATURAL
-
-        def wave() -> Wave:
-            sizes = [natural_length(rng) if natural else source_length for _ in range(self.concurrency)]
-            return [source_of(rng, size, vocab_size) for size in sizes]
-
-        return Job(waves=[wave() for _ in range(waves)], beams=self.strategy.beams, length=None if natural else target_length)
+        sizes = [natural_length(rng) if natural else source_length for _ in range(rounds * self.concurrency)]
+        sources = [source_of(rng, size, vocab_size) for size in sizes]
+        return Job(
+            sources=sources, clients=self.concurrency, beams=self.strategy.beams, length=None if natural else target_length
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +187,7 @@ def main(
     shapes: Annotated[list[Shape], typer.Option("--shape")] = list(Shape),  # noqa: B006
     precisions: Annotated[list[Precision], typer.Option("--precision")] = list(Precision),  # noqa: B006
     strategies: Annotated[list[Strategy], typer.Option("--strategy")] = list(Strategy),  # noqa: B006
-    concurrencies: Annotated[list[int], typer.Option("--concurrency", help="Requests at once.")] = [1, 8, 32, 64, 128],  # noqa: B006
+    concurrencies: Annotated[list[int], typer.Option("--concurrency", help="Clients.")] = [1, 8, 32, 64, 128],  # noqa: B006
     lengths: Annotated[list[Lengths], typer.Option("--lengths")] = list(Lengths),  # noqa: B006
     repeat: Annotated[int, typer.Option(help="Runs of each side, taken in turn.")] = 5,
     seconds: Annotated[float, typer.Option(help="Length of one run, about.")] = 1.0,
@@ -206,7 +206,7 @@ def main(
                 sides.insert(0, start(stack, engine_sides(shape, model, precision, rows)))
             except (ContenderFailed, KeyError, TypeError, RuntimeError) as error:
                 missing = str(error)
-            table = Table("strategy", "lengths", "at once", "ours", "peer", "ratio", title=f"{shape} {precision}")
+            table = Table("strategy", "lengths", "clients", "ours", "peer", "ratio", title=f"{shape} {precision}")
             for contenders in sides:
                 table.add_column(_names(contenders[0].side))
             for strategy, kind, concurrency in itertools.product(strategies, lengths, concurrencies):

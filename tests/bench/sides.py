@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 
 from model.config import ModelConfig
 from model.decode import BOS, EOS
@@ -13,7 +17,7 @@ from server.engine import Engine
 from server.requests import Decoding, Finished, GenerationRequest
 from server.runtime import SequenceRuntime, SessionSettings
 from server.sequence_model import SequenceShape
-from tests.bench.contender import Contender, Job, Outcome, Runner, Settings, Wave
+from tests.bench.contender import Contender, Job, Outcome, Runner, Settings
 
 LONGEST = 64
 """Tokens after which a text is cut off where its length is its own; none is as long."""
@@ -54,24 +58,25 @@ class EngineSide:
         def run(job: Job) -> Outcome:
             engine = Engine(runtime, start_token=BOS, end_token=EOS, join_tokens=job.tuning["join_tokens"])
             started = time.perf_counter()
-            tokens = sum(_drain(engine, wave, job) for wave in job.waves)
+            tokens = _answer(engine, job)
             return Outcome(seconds=time.perf_counter() - started, tokens=tokens)
 
         return run
 
     def _open_several(self) -> Runner:
-        """A wave ends when its last part ends, as for CTranslate2; ``Contender`` is how one engine runs too."""
+        """Each engine has its clients; ``Contender`` is how one engine runs too."""
         one = replace(self, processes=1, rows=-(-self.rows // self.processes))
         engines = [Contender(one) for _ in range(self.processes)]
 
         def run(job: Job) -> Outcome:
-            waves = [[replace(job, waves=[wave[i :: self.processes]]) for i in range(self.processes)] for wave in job.waves]
-            started, tokens = time.perf_counter(), 0
-            for parts in waves:
-                busy = [(engine, part) for engine, part in zip(engines, parts, strict=True) if part.waves[0]]
-                for engine, part in busy:
-                    engine.begin(part)
-                tokens += sum(engine.end().tokens for engine, _ in busy)
+            shares = [
+                replace(job, sources=job.sources[i :: self.processes], clients=len(range(i, job.clients, self.processes)))
+                for i in range(min(self.processes, job.clients))
+            ]
+            started = time.perf_counter()
+            for engine, share in zip(engines, shares, strict=False):
+                engine.begin(share)
+            tokens = sum(engine.end().tokens for engine, _ in zip(engines, shares, strict=False))
             return Outcome(seconds=time.perf_counter() - started, tokens=tokens)
 
         return run
@@ -83,15 +88,20 @@ class EngineSide:
             yield {"join_tokens": 8192}
 
 
-def _drain(engine: Engine, wave: Wave, job: Job) -> int:
-    """Everything asked for is generated; returns the number of tokens."""
+def _answer(engine: Engine, job: Job) -> int:
+    """Every request is answered; returns the number of tokens."""
     decoding = Decoding(beams=job.beams, max_tokens=job.length or LONGEST, min_tokens=job.length or 0)
-    for i, source in enumerate(wave):
-        engine.submit(GenerationRequest(id=str(i), input_ids=tuple(source), decoding=decoding))
+    requests = iter([GenerationRequest(id=str(i), input_ids=tuple(s), decoding=decoding) for i, s in enumerate(job.sources)])
+    for request in islice(requests, job.clients):
+        engine.submit(request)
     tokens = 0
     while engine.has_work:
         events, _ = engine.step()
-        tokens += sum(len(event.hypotheses[0].tokens) for _, event in events if isinstance(event, Finished))
+        for _, event in events:
+            if isinstance(event, Finished):
+                tokens += len(event.hypotheses[0].tokens)
+                for request in islice(requests, 1):
+                    engine.submit(request)
     return tokens
 
 
@@ -125,25 +135,59 @@ class CTranslate2Side:
 
         translator = ctranslate2.Translator(str(self.folder), inter_threads=self.workers, intra_threads=self.threads)
 
+        def translate(sources: list[list[str]], job: Job) -> int:
+            results = translator.translate_batch(
+                sources,
+                beam_size=job.beams,
+                max_batch_size=job.tuning["max_batch_size"],
+                min_decoding_length=job.length or 0,
+                max_decoding_length=job.length or LONGEST,
+                return_end_token=True,
+            )
+            return sum(len(result.hypotheses[0]) for result in results)
+
         def run(job: Job) -> Outcome:
-            waves = [[words(source) for source in wave] for wave in job.waves]
-            started, tokens = time.perf_counter(), 0
-            for wave in waves:
-                results = translator.translate_batch(
-                    wave,
-                    beam_size=job.beams,
-                    max_batch_size=job.tuning["max_batch_size"],
-                    min_decoding_length=job.length or 0,
-                    max_decoding_length=job.length or LONGEST,
-                    return_end_token=True,
-                )
-                tokens += sum(len(result.hypotheses[0]) for result in results)
+            sources = [words(source) for source in job.sources]
+            started = time.perf_counter()
+            if job.tuning["together"]:
+                tokens = sum(translate(sources[i : i + job.clients], job) for i in range(0, len(sources), job.clients))
+            else:
+                tokens = _translate_in_turn(translate, sources, job, self.workers)
             return Outcome(seconds=time.perf_counter() - started, tokens=tokens)
 
         return run
 
     def tunings(self, concurrency: int) -> Iterator[dict[str, int]]:
-        """max_batch_size: each worker's share in one batch, in two, or in four; sources are sorted by length first."""
+        """How requests are batched.
+
+        together: all clients' requests are translated in one call, which sorts them by length and cuts them into batches.
+        Otherwise a worker takes the next batch as soon as it is free, of whoever waits.
+        max_batch_size: each worker's share in one batch, in two, or in four.
+        """
         share = -(-concurrency // self.workers)
         for size in sorted({max(share // parts, min(share, 4)) for parts in (1, 2, 4)}, reverse=True):
-            yield {"max_batch_size": size}
+            yield {"max_batch_size": size, "together": 1}
+            if concurrency > 1:
+                yield {"max_batch_size": size, "together": 0}
+
+
+def _translate_in_turn(
+    translate: Callable[[list[list[str]], Job], int], sources: list[list[str]], job: Job, workers: int
+) -> int:
+    """A thread for each worker, which translates whatever is there, up to a batch; returns the number of tokens."""
+    unsent = deque(sources)
+    waiting = deque(unsent.popleft() for _ in range(min(job.clients, len(unsent))))
+    lock = Lock()
+
+    def work() -> int:
+        tokens, answered = 0, 0
+        while True:
+            with lock:
+                waiting.extend(unsent.popleft() for _ in range(min(answered, len(unsent))))
+                batch = [waiting.popleft() for _ in range(min(job.tuning["max_batch_size"], len(waiting)))]
+            if not batch:
+                return tokens
+            tokens, answered = tokens + translate(batch, job), len(batch)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return sum(f.result() for f in [pool.submit(work) for _ in range(workers)])
