@@ -121,11 +121,14 @@ class HostCaches:
     def write_source(self, rows: Sequence[Rows], cross: Any) -> None:
         encoded = cross.numpy()
         longest = encoded.shape[4]
-        if all(len(own) == 1 for own in rows) and rows[-1][0] - rows[0][0] == len(rows) - 1:  # neighbours, one row each
-            self._cross[:, :, rows[0][0] : rows[-1][0] + 1, :, :longest] = encoded
+        first, each = rows[0][0], len(rows[0])
+        if all(len(own) == each for own in rows) and rows[-1][-1] - first == len(rows) * each - 1:  # neighbours, as many rows each
+            block = self._cross[:, :, first : first + len(rows) * each, :, :longest]
+            layers, kinds, _, *rest = block.shape
+            block.reshape(layers, kinds, len(rows), each, *rest, copy=False)[:] = encoded[:, :, :, None]
         else:
-            source = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
-            self._cross[:, :, np.concatenate(rows), :, :longest] = encoded[:, :, source]
+            for i, own in enumerate(rows):
+                self._cross[:, :, own, :, :longest] = encoded[:, :, i, None]
 
     def adopt(self, rows: Rows, length: int) -> None:
         self._self[:, :, rows, :, :length] = self._self[:, :, -1:, :, :length]

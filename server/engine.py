@@ -182,7 +182,7 @@ class Engine:
 
     def _start(self, request: GenerationRequest, rows: Rows, token: int, position: int) -> None:
         groups = self.groups.add(request)
-        for group, own in zip(groups, np.split(rows, len(groups)), strict=True):
+        for group, own in zip(groups, rows.reshape(len(groups), -1), strict=True):
             self._start_group(group, own, token, position)
 
     def _start_group(self, group: Group, rows: Rows, token: int, position: int) -> None:

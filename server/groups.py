@@ -98,9 +98,12 @@ class Group:
         return tuple(self.finished[i] for i in sorted(self.finished))
 
 
+_NO_ADJUSTMENTS = Adjustments()
+
+
 def _is_adjusted(decoding: Decoding) -> bool:
     early_stop = decoding.min_tokens and decoding.stop_tokens
-    return decoding.adjustments != Adjustments() or bool(early_stop or decoding.required_phrases)
+    return bool(early_stop or decoding.required_phrases) or decoding.adjustments != _NO_ADJUSTMENTS
 
 
 def _candidates(decoding: Decoding) -> int:
@@ -228,14 +231,16 @@ class GroupTable:
         self.forced_only[number] = request.forced_only
         self.min_tokens[number] = decoding.min_tokens
         self.max_tokens[number] = decoding.max_tokens
-        self.forced[number, : len(request.forced)] = request.forced
         self.forced_length[number] = len(request.forced)
+        if request.forced:
+            self.forced[number, : len(request.forced)] = request.forced
         self.candidates[number] = _candidates(decoding)
         self.is_adjusted[number] = group.is_adjusted
         if group.is_adjusted:
             self.adjustments.add(number, decoding.adjustments)
         self.stop_tokens[number] = -1
-        self.stop_tokens[number, : len(decoding.stop_tokens)] = decoding.stop_tokens
+        if decoding.stop_tokens:
+            self.stop_tokens[number, : len(decoding.stop_tokens)] = decoding.stop_tokens
         self.is_followed[number] = group.is_followed
         self.has_phrases[number] = bool(decoding.required_phrases)
         if decoding.required_phrases:
