@@ -122,7 +122,7 @@ class HostCaches:
         encoded = cross.numpy()
         longest = encoded.shape[4]
         first, each = rows[0][0], len(rows[0])
-        if all(len(own) == each for own in rows) and rows[-1][-1] - first == len(rows) * each - 1:  # neighbours, as many rows each
+        if rows[-1][-1] - first == len(rows) * each - 1 and all(len(own) == each for own in rows):  # neighbours, alike
             block = self._cross[:, :, first : first + len(rows) * each, :, :longest]
             layers, kinds, _, *rest = block.shape
             block.reshape(layers, kinds, len(rows), each, *rest, copy=False)[:] = encoded[:, :, :, None]
