@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 
 from export.bundle import FORMAT_VERSION, Manifest, describe_files, graph_hashes, write_bundle
-from export.graphs import DecodeGraph, check_exportable, graph_modules
+from export.graphs import check_exportable, graph_modules
 from export.quantize import observe, quantize
 from export.trace import trace
 from export.verify import Certificate, verify
@@ -58,38 +58,32 @@ def build_bundle(
     if not run.held_out or ("int8" in precisions and not run.calibration):
         raise ExportError(f"{run_folder}: no examples to compare the graphs with (held_out.jsonl, calibration.jsonl)")
     certificates: list[Certificate] = []
-    caches: dict[str, dict[str, str]] = {}
 
     def fill(folder: Path) -> Manifest:
         shutil.copyfile(run_folder / "tokenizer.json", folder / "tokenizer.json")
         for precision in precisions:
             report(f"{precision}: tracing the graphs, comparing them with PyTorch")
-            caches[precision] = _trace_graphs(run, precision, folder / precision)
+            _trace_graphs(run, precision, folder / precision)
             certificates.append(verify(run, folder / precision, precision))
             if failures := certificates[-1].failures:
                 raise ExportError(f"{run_folder}: the {precision} graphs do not do what PyTorch does: {'; '.join(failures)}")
-        return _manifest(run, name, certificates, caches, folder)
+        return _manifest(run, name, certificates, folder)
 
     write_bundle(target, fill, force=force)
     return certificates
 
 
-def _trace_graphs(run: Run, precision: str, folder: Path) -> dict[str, str]:
-    """Writes the graphs of one precision; returns the types of their caches, as a manifest has them."""
-    dtype = torch.float16 if precision == "fp16" else torch.float32
-    model = copy.deepcopy(run.model).to(dtype)  # the trained weights stay as they are
+def _trace_graphs(run: Run, precision: str, folder: Path) -> None:
+    """Writes the graphs of one precision."""
+    model = copy.deepcopy(run.model)  # the trained weights stay as they are
+    if precision == "fp16":
+        model.half()
     if precision == "int8":
         observe(model, partial(_run_examples, model, run.calibration))
-    modules = graph_modules(model, precision)
-    for name, module in modules.items():
+    for name, module in graph_modules(model, precision).items():
         if precision == "int8":
             quantize(module)
-        trace(module, run.config, folder / f"{name}.onnx", dtype)
-    decode = modules.get("decode")
-    if not isinstance(decode, DecodeGraph):
-        return {}
-    types = (str(dtype).removeprefix("torch.") for dtype in decode.cache_dtypes(dtype))
-    return dict(zip(("self_attention", "cross_attention"), types, strict=True))
+        trace(module, run.config, folder / f"{name}.onnx", precision)
 
 
 def _run_examples(model: Transformer, examples: list[dict[str, list[int]]]) -> None:
@@ -104,9 +98,7 @@ def _run_examples(model: Transformer, examples: list[dict[str, list[int]]]) -> N
             model(inputs)
 
 
-def _manifest(
-    run: Run, name: str, certificates: list[Certificate], caches: dict[str, dict[str, str]], folder: Path
-) -> Manifest:
+def _manifest(run: Run, name: str, certificates: list[Certificate], folder: Path) -> Manifest:
     config = run.config
     files = describe_files(folder)
     versions = {package: version(package) for package in ("torch", "onnx", "onnxscript")}
@@ -122,7 +114,6 @@ def _manifest(
             "max_output_tokens": config.max_target_length,
         },
         precisions=[certificate.precision for certificate in certificates],
-        caches=caches,
         provenance=run.provenance
         | {"export": versions | {"onnxruntime": onnxruntime.__version__, "machine": platform.machine()}},
         certificate={c.precision: c.to_dict() | {"graphs": graph_hashes(files, c.precision)} for c in certificates},

@@ -20,6 +20,8 @@ from typing import Any
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+CACHE_TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+"""What keys and values are kept in, by precision; names as in numpy and torch."""
 
 
 class BundleError(Exception):
@@ -47,8 +49,6 @@ class Manifest:
     """max_input_tokens and max_output_tokens, special tokens included."""
     precisions: list[str]
     """Sets of graphs in the bundle; each lies in a folder of its name."""
-    caches: dict[str, Any]
-    """Number types of each precision's caches: "self_attention" and "cross_attention"; empty without a decoder."""
     provenance: dict[str, Any]
     """How the weights came to be: seed, steps, data digests, metrics."""
     certificate: dict[str, Any]

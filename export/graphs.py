@@ -146,13 +146,6 @@ class DecodeGraph(nn.Module):
         self.output = OutputLayer(model)
         self.new_width = model.config.key_value_heads * model.config.head_width
 
-    def cache_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """Of the caches of self- and cross-attention, where activations are of ``dtype``."""
-        first, second = (
-            torch.int8 if attentions and attentions[0].scales else dtype for attentions in (self.attentions, self.crosses)
-        )
-        return first, second
-
     def forward(
         self, tokens: Tensor, positions: Tensor, last: Tensor, total: Tensor, top_k: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:

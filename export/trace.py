@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from export.bundle import CACHE_TYPES
 from export.graphs import ClassifyGraph, DecodeGraph, SourceGraph
 from model.config import ModelConfig
 
@@ -50,8 +51,9 @@ def classify_signature(config: ModelConfig) -> Signature:
     return Signature(source_signature(config).inputs, outputs | {"vectors": {0: "rows"}})
 
 
-def decode_signature(config: ModelConfig, self_dtype: torch.dtype, cross_dtype: torch.dtype) -> Signature:
+def decode_signature(config: ModelConfig, precision: str) -> Signature:
     rows, capacity, source = 2, 6, 5
+    cache_dtype = getattr(torch, CACHE_TYPES[precision])
     heads, width, layers = config.key_value_heads, config.head_width, config.decoder_layers
     length = 1 if config.has_encoder else 3  # several new tokens at once: decoder-only models alone
     token_axes = {0: "rows"} if config.has_encoder else {0: "rows", 1: "tokens"}
@@ -64,14 +66,14 @@ def decode_signature(config: ModelConfig, self_dtype: torch.dtype, cross_dtype: 
     }
     self_axes, cross_axes = {0: "rows", 2: "capacity"}, {0: "rows", 2: "source"}
     for name in _cache_names("self", layers):
-        inputs[name] = torch.zeros(rows, heads, capacity, width, dtype=self_dtype), self_axes
+        inputs[name] = torch.zeros(rows, heads, capacity, width, dtype=cache_dtype), self_axes
     outputs = {"top_log_probabilities": {0: "rows", 1: "top_k"}, "top_ids": {0: "rows", 1: "top_k"}, "logits": {0: "rows"}}
     outputs |= {f"{name}_out": self_axes for name in _cache_names("self", layers)}
     if config.has_encoder:
         inputs["source_last"] = torch.tensor([4, 2], dtype=torch.int32), {0: "rows"}
         inputs["source_total"] = torch.tensor(5, dtype=torch.int32), {}
         for name in _cache_names("cross", layers):
-            inputs[name] = torch.zeros(rows, heads, source, width, dtype=cross_dtype), cross_axes
+            inputs[name] = torch.zeros(rows, heads, source, width, dtype=cache_dtype), cross_axes
         outputs |= {f"{name}_out": cross_axes for name in _cache_names("cross", layers)}
     return Signature(inputs, outputs)
 
@@ -80,15 +82,11 @@ def _cache_names(kind: str, layers: int) -> list[str]:
     return [f"{kind}_{what}_{i}" for i in range(layers) for what in ("key", "value")]
 
 
-def trace(module: nn.Module, config: ModelConfig, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes ``module`` as an ONNX file, weights inside.
-
-    Args:
-        dtype: of activations.
-    """
+def trace(module: nn.Module, config: ModelConfig, path: Path, precision: str) -> None:
+    """Writes ``module``, which is of this precision, as an ONNX file, weights inside."""
     match module:
         case DecodeGraph():
-            signature = decode_signature(config, *module.cache_dtypes(dtype))
+            signature = decode_signature(config, precision)
         case SourceGraph():
             signature = source_signature(config)
         case ClassifyGraph():

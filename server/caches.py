@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,56 +55,47 @@ class Caches(Protocol):
         """Copies the first ``length`` target positions and ``source_length`` source positions of row source[i] to target[i]."""
 
 
-class CacheTypes(NamedTuple):
-    """Number types, by numpy's names: "float32", "float16" or "int8"."""
-
-    self_attention: str
-    cross_attention: str
-
-
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Shapes and types of the two arrays: self-attention and cross-attention."""
+    """Shapes of the two arrays, self-attention and cross-attention, and what they hold."""
 
     self_shape: tuple[int, ...]
     """[L, 2, R + 1 (the staging row, without an encoder), G, C, K]."""
     cross_shape: tuple[int, ...]
     """[L, 2, R, G, S, K]."""
-    self_type: np.dtype[Any]
-    cross_type: np.dtype[Any]
+    dtype: np.dtype[Any]
 
     @classmethod
-    def of(cls, shape: SequenceShape, rows: int, types: CacheTypes) -> CacheLayout:
+    def of(cls, shape: SequenceShape, rows: int, dtype: str) -> CacheLayout:
         s = shape
         staging, cross_rows = (0, rows) if s.has_encoder else (1, 0)
         return cls(
             (s.layers, 2, rows + staging, s.kv_heads, s.longest_target, s.head_width),
             (s.layers, 2, cross_rows, s.kv_heads, s.longest_source, s.head_width),
-            np.dtype(types.self_attention),
-            np.dtype(types.cross_attention),
+            np.dtype(dtype),
         )
 
     @property
-    def arrays(self) -> tuple[tuple[str, tuple[int, ...], np.dtype[Any]], ...]:
-        """Name, shape and type of each."""
-        return ("self", self.self_shape, self.self_type), ("cross", self.cross_shape, self.cross_type)
+    def arrays(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Name and shape of each."""
+        return ("self", self.self_shape), ("cross", self.cross_shape)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of the two arrays."""
-        first, second = (math.prod(shape) * dtype.itemsize for _, shape, dtype in self.arrays)
+        first, second = (math.prod(shape) * self.dtype.itemsize for _, shape in self.arrays)
         return first, second
 
     def views(self, pointers: Sequence[int], rows: slice) -> Iterator[Bound]:
         """The tensors of the decode graph on ``rows``, given where the two arrays begin."""
         count = rows.stop - rows.start
-        for (kind, shape, dtype), pointer in zip(self.arrays, pointers, strict=True):
+        for (kind, shape), pointer in zip(self.arrays, pointers, strict=True):
             layers, _, capacity, *rest = shape
-            row_bytes = math.prod(rest) * dtype.itemsize
+            row_bytes = math.prod(rest) * self.dtype.itemsize
             for layer in range(layers if capacity else 0):
                 for i, what in enumerate(("key", "value")):
                     begin = ((2 * layer + i) * capacity + rows.start) * row_bytes
-                    yield Bound(f"{kind}_{what}_{layer}", pointer + begin, (count, *rest), dtype)
+                    yield Bound(f"{kind}_{what}_{layer}", pointer + begin, (count, *rest), self.dtype)
 
 
 class HostCaches:
@@ -113,7 +104,7 @@ class HostCaches:
     def __init__(self, layout: CacheLayout) -> None:
         self._layout = layout
         # Zeroed lazily by the operating system: a page takes memory when a row first reaches it.
-        self._self, self._cross = (np.zeros(shape, dtype) for _, shape, dtype in layout.arrays)
+        self._self, self._cross = (np.zeros(shape, layout.dtype) for _, shape in layout.arrays)
 
     def views(self, rows: slice) -> Iterator[Bound]:
         return self._layout.views((self._self.ctypes.data, self._cross.ctypes.data), rows)
@@ -173,8 +164,8 @@ class DeviceCaches:
     def write_source(self, rows: Sequence[Rows], cross: Any) -> None:
         layers, _, capacity, heads, longest, width = self._layout.cross_shape
         sources, source_length = len(rows), cross.shape()[4]
-        pitch = longest * width * self._layout.cross_type.itemsize  # of one head in the cache
-        run = source_length * width * self._layout.cross_type.itemsize  # of one head in what encode gave
+        pitch = longest * width * self._layout.dtype.itemsize  # of one head in the cache
+        run = source_length * width * self._layout.dtype.itemsize  # of one head in what encode gave
         for i, own in enumerate(rows):
             for row in own.tolist():
                 for plane in range(2 * layers):
@@ -199,7 +190,7 @@ class DeviceCaches:
 
     def _copy_rows(self, which: int, source: Rows, target: Rows) -> None:
         """Rows of one of the two arrays, of all layers, keys and values alike, in one copy each."""
-        _, shape, _ = self._layout.arrays[which]
+        _, shape = self._layout.arrays[which]
         planes, capacity = shape[0] * shape[1], shape[2]
         row = self._layout.sizes[which] // (planes * capacity)
         begin, pitch = self._pointers[which], capacity * row

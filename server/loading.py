@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from export.bundle import Bundle, BundleError, open_bundle
+from export.bundle import CACHE_TYPES, Bundle, BundleError, open_bundle
 from model.tokenizer import Tokenizer, TokenizerError
 from server.build_engine import build_engine
-from server.caches import CacheLayout, CacheTypes
+from server.caches import CacheLayout
 from server.config import EngineOptions, EnginePlace, Precision
 from server.engine_client import EngineClient, Loss
 from server.engine_pool import EnginePool
@@ -160,8 +160,7 @@ def _choose_rows(bundle: Bundle, device: str, precision: str, options: EngineOpt
     if options.cache_memory is None or config["family"] == "encoder_only":
         return rows
     shape = SequenceShape.from_config(config)
-    types = CacheTypes(**bundle.manifest.caches[precision])
-    one, two = (sum(CacheLayout.of(shape, count, types).sizes) for count in (1, 2))
+    one, two = (sum(CacheLayout.of(shape, count, CACHE_TYPES[precision]).sizes) for count in (1, 2))
     if (share := options.cache_memory // engines) < one:
         each = f" for each of {engines} engines" if engines > 1 else ""
         raise RuntimeUnavailable(

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from server.caches import CacheLayout, Caches, CacheTypes, DeviceCaches, HostCaches
+from server.caches import CacheLayout, Caches, DeviceCaches, HostCaches
 from server.cuda import CudaError, CudaMemory
 from server.kv_cache import Rows
 from server.sequence_model import Candidates, SequenceShape
@@ -122,7 +122,7 @@ class SequenceRuntime:
         return memory
 
     def _make_caches(self) -> Caches:
-        layout = CacheLayout.of(self.shape, self.rows, cache_types(self._decode))
+        layout = CacheLayout.of(self.shape, self.rows, _cache_type(self._decode))
         if self._device_memory is None:
             return HostCaches(layout)
         try:
@@ -297,9 +297,8 @@ def _bind_arrays(binding: ort.IOBinding, inputs: Arrays, outputs: Arrays) -> Non
         binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def cache_types(decode: ort.InferenceSession) -> CacheTypes:
-    types = {value.name: _NUMBER_TYPES[value.type] for value in decode.get_inputs() if value.type in _NUMBER_TYPES}
-    return CacheTypes(types["self_key_0"], types.get("cross_key_0", types["self_key_0"]))
+def _cache_type(decode: ort.InferenceSession) -> str:
+    return next(_NUMBER_TYPES[value.type] for value in decode.get_inputs() if value.name == "self_key_0")
 
 
 _NUMBER_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int8)": "int8"}

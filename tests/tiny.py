@@ -154,7 +154,7 @@ def graphs(config: ModelConfig, seed: int = 0, precision: str = "fp32") -> Path:
     for name, module in graph_modules(network, precision).items():
         if precision == "int8":
             quantize(module)
-        trace(module, config, folder / f"{name}.onnx")
+        trace(module, config, folder / f"{name}.onnx", precision)
     return folder
 
 

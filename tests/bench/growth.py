@@ -26,8 +26,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from export.bundle import CACHE_TYPES
 from server.caches import CacheLayout, HostCaches
-from server.runtime import SequenceRuntime, SessionSettings, cache_types, open_session
+from server.runtime import SequenceRuntime, SessionSettings
 from server.sequence_model import SequenceShape
 from tests.bench.natural import natural_model, source_of
 from tests.bench.shapes import LENGTHS, SHAPES, graphs, machine
@@ -69,8 +70,8 @@ class Bench:
         config = replace(SHAPES[shape], max_target_length=CAPACITY)
         self.shape = SequenceShape.from_config(config.to_dict())
         folder = graphs(shape, natural_model(config), precision)
-        self.cache_types = cache_types(open_session(folder / "decode.onnx", settings))
-        self.caches = HostCaches(CacheLayout.of(self.shape, rows, self.cache_types))
+        self.cache_type = CACHE_TYPES[precision]
+        self.caches = HostCaches(CacheLayout.of(self.shape, rows, self.cache_type))
         self.runtime = SequenceRuntime(folder, self.shape, rows, settings, self.caches)
         self.source_length = LENGTHS[shape][0]
         self.runtime.decode(np.full(1, 4), np.zeros(1, np.int64), 1)  # what the session itself needs is not the caches'
@@ -87,7 +88,7 @@ class Bench:
             self.runtime.decode(tokens, positions, 1)
             times.append(time.perf_counter() - started)
         caches, least = (
-            sum(CacheLayout.of(replace(self.shape, longest_target=longest), rows, self.cache_types).sizes)
+            sum(CacheLayout.of(replace(self.shape, longest_target=longest), rows, self.cache_type).sizes)
             for longest in (CAPACITY, length)
         )
         middle, resident = statistics.median(times), _resident() - self.at_start

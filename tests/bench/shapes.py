@@ -64,7 +64,7 @@ def graphs(shape: str, model: Transformer, precision: str = "fp32") -> Path:
     for name, module in graph_modules(model, precision).items():
         if precision == "int8":
             quantize(module)
-        trace(module, model.config, folder / f"{name}.onnx")
+        trace(module, model.config, folder / f"{name}.onnx", precision)
     return folder
 
 

@@ -39,7 +39,6 @@ def fill(folder: Path) -> Manifest:
         generation={"beams": 1},
         limits={"max_input_tokens": 9},
         precisions=["fp32"],
-        caches={"fp32": {"self_attention": "float32", "cross_attention": "float32"}},
         provenance={},
         certificate={"fp32": CERTIFICATE | {"graphs": graph_hashes(files, "fp32")}},
         files=files,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from export.graphs import graph_modules
 from export.trace import trace
@@ -31,7 +30,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def half_graphs(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config, folder = tiny.shape(family), tmp_path_factory.mktemp(f"fp16-{family}")
     for name, module in graph_modules(copy.deepcopy(tiny.model(config)).half()).items():
-        trace(module, config, folder / f"{name}.onnx", torch.float16)
+        trace(module, config, folder / f"{name}.onnx", "fp16")
     return folder
 
 

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from server.caches import CacheLayout, CacheTypes, DeviceCaches
+from server.caches import CacheLayout, DeviceCaches
 from server.engine import Engine
 from server.runtime import SequenceRuntime, SessionSettings
 from server.sequence_model import SequenceShape
@@ -42,7 +42,7 @@ def _bytes(address: int, size: int) -> np.ndarray:
 def test_device_caches_serve_what_the_reference_decoder_gives(family: str) -> None:
     config, rows = tiny.shape(family), 12
     shape = SequenceShape.from_config(config.to_dict())
-    caches = DeviceCaches(CacheLayout.of(shape, rows, CacheTypes("float32", "float32")), HostAsDevice())
+    caches = DeviceCaches(CacheLayout.of(shape, rows, "float32"), HostAsDevice())
     runtime = SequenceRuntime(tiny.graphs(config), shape, rows, SessionSettings(threads=1), caches)
     engine = Engine(runtime, start_token=1, end_token=2, join_tokens=24)
     rng = random.Random(5)
@@ -56,5 +56,5 @@ def test_device_caches_serve_what_the_reference_decoder_gives(family: str) -> No
 def test_layout_counts_every_byte() -> None:
     shape = SequenceShape(layers=2, kv_heads=3, head_width=8, vocab_size=10, longest_target=5, longest_source=7)
     self_, cross = 2 * 2 * 4 * 3 * 5 * 8, 2 * 2 * 4 * 3 * 7 * 8
-    assert CacheLayout.of(shape, 4, CacheTypes("float32", "float32")).sizes == (4 * self_, 4 * cross)
-    assert CacheLayout.of(shape, 4, CacheTypes("float16", "int8")).sizes == (2 * self_, cross)
+    assert CacheLayout.of(shape, 4, "float32").sizes == (4 * self_, 4 * cross)
+    assert CacheLayout.of(shape, 4, "int8").sizes == (self_, cross)
