@@ -118,6 +118,7 @@ def main(
     console, config, model = Console(), SHAPES[shape], build_model(shape)
     settings = SessionSettings(threads=threads, spinning=spinning)
     runtime = SequenceRuntime(graphs(shape, model, precision), SequenceShape.from_config(config.to_dict()), rows, settings)
+    runtime.tune()
     backlog = make_requests(8 * rows // beams, config.vocab_size, beams, seed=0)
     at_once = [0.0] * len(backlog)
     serve("iteration", runtime, backlog, at_once)  # warms up
