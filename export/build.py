@@ -13,9 +13,10 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from export.bundle import FORMAT_VERSION, Manifest, describe_files, graph_hashes, write_bundle
+from export.bundle import FORMAT_VERSION, Manifest, describe_files, graph_hashes, write_bundle, write_shortlist
 from export.graphs import check_exportable, graph_modules
 from export.quantize import observe, quantize
+from export.shortlist import find_shortlist, shortlist_cost
 from export.trace import trace
 from export.verify import Certificate, verify
 from model.checkpoint import Run, load_run
@@ -36,6 +37,7 @@ def build_bundle(
     *,
     name: str,
     precisions: Sequence[str] = ("fp32",),
+    shortlist_count: int | None = None,
     force: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Certificate]:
@@ -43,13 +45,14 @@ def build_bundle(
 
     Args:
         precisions: of PRECISIONS; each becomes its own set of graphs with its own certificate.
+        shortlist_count: leave out of outputs what training targets have less often; None leaves out nothing.
 
     Returns:
         The certificates, one for each precision.
 
     Raises:
         ExportError: when the model cannot be exported or its graphs differ from PyTorch by more than allowed.
-        model.checkpoint.RunError: for a damaged run.
+        model.checkpoint.RunError: for a damaged run, or one whose corpus is gone where a shortlist is asked for.
         export.bundle.BundleError: when ``target`` exists and ``force`` is not set.
     """
     run = load_run(run_folder)
@@ -58,13 +61,21 @@ def build_bundle(
     if not run.held_out or ("int8" in precisions and not run.calibration):
         raise ExportError(f"{run_folder}: no examples to compare the graphs with (held_out.jsonl, calibration.jsonl)")
     certificates: list[Certificate] = []
+    shortlist, cost = None, {}
+    if shortlist_count is not None:
+        shortlist = find_shortlist(run_folder, run, shortlist_count)
+        report(f"a shortlist of {len(shortlist)} of {run.config.vocab_size} tokens: measuring what it costs")
+        cost = shortlist_cost(run, shortlist)
 
     def fill(folder: Path) -> Manifest:
         shutil.copyfile(run_folder / "tokenizer.json", folder / "tokenizer.json")
+        if shortlist:
+            write_shortlist(folder, shortlist)
         for precision in precisions:
             report(f"{precision}: tracing the graphs, comparing them with PyTorch")
-            _trace_graphs(run, precision, folder / precision)
-            certificates.append(verify(run, folder / precision, precision))
+            _trace_graphs(run, precision, folder / precision, shortlist)
+            certificates.append(verify(run, folder / precision, precision, shortlist))
+            certificates[-1].shortlist = cost
             if failures := certificates[-1].failures:
                 raise ExportError(f"{run_folder}: the {precision} graphs do not do what PyTorch does: {'; '.join(failures)}")
         return _manifest(run, name, certificates, folder)
@@ -73,14 +84,14 @@ def build_bundle(
     return certificates
 
 
-def _trace_graphs(run: Run, precision: str, folder: Path) -> None:
+def _trace_graphs(run: Run, precision: str, folder: Path, shortlist: Sequence[int] | None) -> None:
     """Writes the graphs of one precision."""
     model = copy.deepcopy(run.model)  # the trained weights stay as they are
     if precision == "fp16":
         model.half()
     if precision == "int8":
         observe(model, partial(_run_examples, model, run.calibration))
-    for name, module in graph_modules(model, precision).items():
+    for name, module in graph_modules(model, precision, shortlist).items():
         if precision == "int8":
             quantize(module)
         trace(module, run.config, folder / f"{name}.onnx", precision)

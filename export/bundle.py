@@ -12,13 +12,14 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+SHORTLIST = "shortlist.json"
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 CACHE_TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 """What keys and values are kept in, by precision; names as in numpy and torch."""
@@ -101,6 +102,24 @@ class Bundle:
             raise BundleError(f"{self.root}: no file {name!r} in the manifest")
         return self.root / name
 
+    def shortlist(self) -> list[int] | None:
+        """The ids of the only tokens that outputs may contain, rising; None where there is no such list.
+
+        Raises:
+            BundleError: for a list that this is not.
+        """
+        if SHORTLIST not in self.manifest.files:
+            return None
+        path = self.root / SHORTLIST
+        try:
+            ids = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path}: not JSON ({error})") from None
+        sound = isinstance(ids, list) and len(ids) > 0 and all(type(i) is int for i in ids)
+        if not sound or ids[0] < 0 or ids[-1] >= self.manifest.model["vocab_size"] or sorted(set(ids)) != ids:
+            raise BundleError(f"{path}: must be rising ids of the model's vocabulary")
+        return cast("list[int]", ids)
+
 
 def digest(path: Path) -> str:
     with path.open("rb") as file:
@@ -154,12 +173,14 @@ def _certified(certificate: dict[str, Any]) -> bool:
     """Whether it says so, and its own numbers say so too; written so that a NaN fails."""
     try:
         limits, stages, metric = certificate["thresholds"], certificate["stages"], certificate["metric"]
+        shortlist = certificate["shortlist"]
         return (
             certificate["passed"] is True
             and len(stages) > 0
             and all(stage["max_logit_difference"] <= limits["max_logit_difference"] for stage in stages)
             and all(stage["identical_tokens"] >= limits["identical_tokens"] for stage in stages)
             and (not metric or metric["loss"] <= limits["metric_loss"])
+            and (not shortlist or shortlist["loss"] <= limits["shortlist_loss"])
         )
     except (KeyError, TypeError):
         return False
@@ -195,6 +216,10 @@ def describe_files(root: Path) -> dict[str, dict[str, Any]]:
 def graph_hashes(files: dict[str, dict[str, Any]], precision: str) -> dict[str, str]:
     """sha256 of each graph of one precision: what its certificate speaks of."""
     return {name: facts["sha256"] for name, facts in files.items() if name.startswith(f"{precision}/")}
+
+
+def write_shortlist(folder: Path, ids: Sequence[int]) -> None:
+    (folder / SHORTLIST).write_text(json.dumps(list(ids)) + "\n", encoding="utf-8")
 
 
 def write_bundle(target: Path, fill: Callable[[Path], Manifest], *, force: bool = False) -> None:

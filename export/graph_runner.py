@@ -1,6 +1,6 @@
 """Runs exported graphs the plain way, for checking them: no scheduler, no server, one loop.
 
-Shapes: B rows, T tokens, S source positions, V vocabulary, as in ``export.graphs``.
+Shapes: B rows, T tokens, S source positions, V vocabulary (or shortlist), as in ``export.graphs``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,17 @@ def pad(sequences: Sequence[Sequence[int]]) -> dict[str, Array]:
 
 
 class SequenceGraphs:
-    """The graphs of a model with a decoder, and caches for some rows."""
+    """The graphs of a model with a decoder, and caches for some rows.
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    Args:
+        shortlist: the tokens whose logits the graphs compute, rising; None: all.
+
+    Attributes:
+        ids: the token of each logit.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, shortlist: Sequence[int] | None = None) -> None:
+        self.ids = np.arange(config.vocab_size) if shortlist is None else np.array(shortlist)
         self.config = config
         self.encoder = open_graph(folder / "encode.onnx") if config.has_encoder else None
         self.decoder = open_graph(folder / "decode.onnx")
@@ -66,7 +74,7 @@ class SequenceGraphs:
                     self._run(slice(row, row + 1), part[None], begin + np.arange(len(part))[None])
 
     def step(self, tokens: Array, positions: Array) -> tuple[Array, Array]:
-        """Feeds one token to each of the first B rows; the best next token [B] and the logits [B, V]."""
+        """Feeds one token to each of the first B rows; the best next token [B] and the logits [B, V] of ``ids``."""
         return self._run(slice(0, len(tokens)), tokens[:, None], positions[:, None])
 
     def _run(self, rows: slice, tokens: Array, positions: Array) -> tuple[Array, Array]:
@@ -99,7 +107,7 @@ class SequenceGraphs:
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         self.decoder.run_with_iobinding(binding)
-        return outputs["top_ids"][:, 0], outputs["logits"][:, : self.config.vocab_size]
+        return outputs["top_ids"][:, 0], outputs["logits"][:, : len(self.ids)]
 
     def _cache_names(self, kind: str) -> list[str]:
         return [f"{kind}_{what}_{i}" for i in range(self.config.decoder_layers) for what in ("key", "value")]

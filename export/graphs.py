@@ -128,12 +128,12 @@ class DecodeGraph(nn.Module):
     last + 1), top_k [1] int64; per layer self_key_i, self_value_i [B, G, C, K]; for encoder-decoders source_last [B] int32,
     source_total int32, and per layer cross_key_i, cross_value_i [B, G, S, K].
 
-    Returns log-probabilities and ids of the top_k best next tokens, [B, top_k], best first; all logits [B, W], W >= V (see
-    OutputLayer); then the caches in the order of the inputs. More than one new token is for decoder-only models, one row at a
+    Returns log-probabilities and ids of the top_k best next tokens, [B, top_k], best first; all logits [B, W], W >= V, or those
+    of a shortlist (see OutputLayer); then the caches in the order of the inputs. More than one new token is for decoder-only models, one row at a
     time (the operator's limit).
     """
 
-    def __init__(self, model: Transformer, flat: bool) -> None:
+    def __init__(self, model: Transformer, flat: bool, shortlist: Sequence[int] | None = None) -> None:
         super().__init__()
         self.flat = flat
         self.has_cross = model.config.has_encoder
@@ -143,7 +143,7 @@ class DecodeGraph(nn.Module):
         self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary, causal=True) for layer in self.layers)
         self.crosses = nn.ModuleList(CrossAttention(layer.cross_attention) for layer in self.layers if self.has_cross)
         self.final_norm = model.decoder.final_norm
-        self.output = OutputLayer(model)
+        self.output = OutputLayer(model, shortlist)
         self.new_width = model.config.key_value_heads * model.config.head_width
 
     def forward(
@@ -182,12 +182,16 @@ def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
-def graph_modules(model: Transformer, precision: str = "fp32") -> dict[str, nn.Module]:
-    """The graphs of a family, by the name of their file."""
+def graph_modules(model: Transformer, precision: str = "fp32", shortlist: Sequence[int] | None = None) -> dict[str, nn.Module]:
+    """The graphs of a family, by the name of their file.
+
+    Args:
+        shortlist: the only tokens that outputs may contain, rising; None: all.
+    """
     family, flat = model.config.family, precision != "int8"
     if family == "encoder_only":
         return {"encode": ClassifyGraph(model, flat)}
-    decode: dict[str, nn.Module] = {"decode": DecodeGraph(model, flat)}
+    decode: dict[str, nn.Module] = {"decode": DecodeGraph(model, flat, shortlist)}
     return {"encode": SourceGraph(model, flat), **decode} if family == "encoder_decoder" else decode
 
 

@@ -31,6 +31,8 @@ MAX_LOGIT_DIFFERENCE = {"fp32": 1e-4, "fp16": 0.1, "int8": 3.0}
 MIN_IDENTICAL_TOKENS = {"fp32": 0.999, "fp16": 0.99, "int8": 0.95}
 MAX_METRIC_LOSS = {"fp32": 0.1, "fp16": 0.2, "int8": 0.5}
 """In points of the metric, 0 to 100 (perplexity: nats)."""
+MAX_SHORTLIST_LOSS = 0.1
+"""In points of the metric: what generating without the other tokens may cost."""
 
 Logits = list[NDArray[np.float32]]
 
@@ -43,6 +45,8 @@ class Certificate:
     inputs: int
     stages: list[dict[str, Any]] = field(default_factory=list)
     metric: dict[str, Any] = field(default_factory=dict)
+    shortlist: dict[str, Any] = field(default_factory=dict)
+    """What it costs: see ``export.shortlist.shortlist_cost``; empty without one."""
 
     def compare(self, stage: str, against: str, found: Logits, wanted: Logits) -> None:
         # np.max, because the built-in max forgets a NaN that is not the first.
@@ -71,6 +75,8 @@ class Certificate:
                 found.append(f"{stage['stage']}: {stage['identical_tokens']:.4%} of tokens are the same, less than {least:.1%}")
         if self.metric and not self.metric["loss"] <= MAX_METRIC_LOSS[self.precision]:
             found.append(f"{self.metric['name']} falls from {self.metric['pytorch']:.2f} to {self.metric['onnx']:.2f}")
+        if (cost := self.shortlist) and not cost["loss"] <= MAX_SHORTLIST_LOSS:
+            found.append(f"the shortlist takes {cost['name']} from {cost['whole']:.2f} to {cost['shortlist']:.2f}")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,16 +89,22 @@ class Certificate:
                 "max_logit_difference": MAX_LOGIT_DIFFERENCE[self.precision],
                 "identical_tokens": MIN_IDENTICAL_TOKENS[self.precision],
                 "metric_loss": MAX_METRIC_LOSS[self.precision],
+                "shortlist_loss": MAX_SHORTLIST_LOSS,
             },
             "stages": self.stages,
             "metric": self.metric,
+            "shortlist": self.shortlist,
         }
 
 
-def verify(run: Run, graphs: Path, precision: str) -> Certificate:
-    """Compares the exported graphs of ``precision`` with the run they came from, on the run's held-out examples."""
+def verify(run: Run, graphs: Path, precision: str, shortlist: Sequence[int] | None = None) -> Certificate:
+    """Compares the exported graphs of ``precision`` with the run they came from, on the run's held-out examples.
+
+    Args:
+        shortlist: the tokens whose logits the graphs compute; None: all.
+    """
     if run.config.has_decoder:
-        return _verify_sequences(run, SequenceGraphs(graphs, run.config), precision)
+        return _verify_sequences(run, SequenceGraphs(graphs, run.config, shortlist), precision)
     return _verify_classifier(run, ClassifyGraphs(graphs, run.config), precision)
 
 
@@ -119,8 +131,8 @@ def _verify_sequences(run: Run, graphs: SequenceGraphs, precision: str) -> Certi
     certificate = Certificate(precision, len(some))
     if not some:
         return certificate
-    whole = [_whole_logits(run, i, t) for i, t in zip(some, wanted, strict=True)]
-    stepped = [_stepped_logits(run, i, t) for i, t in zip(some, wanted, strict=True)]
+    whole = [_whole_logits(run, i, t)[:, graphs.ids] for i, t in zip(some, wanted, strict=True)]
+    stepped = [_stepped_logits(run, i, t)[:, graphs.ids] for i, t in zip(some, wanted, strict=True)]
     certificate.compare("pytorch incremental", "pytorch full forward", stepped, whole)
     alone = [graphs.forced([i], [t])[0] for i, t in zip(some, wanted, strict=True)]
     certificate.compare(f"onnx {precision}", "pytorch incremental", alone, stepped)
@@ -165,9 +177,7 @@ def _generation_metric(run: Run, graphs: SequenceGraphs, inputs: list[list[int]]
     from_onnx: list[list[int]] = []
     for begin in range(0, len(inputs), 32):
         from_onnx += graphs.greedy(inputs[begin : begin + 32], max_tokens)
-    measure = {"exact_match": metrics.exact_match, "bleu": metrics.bleu, "tokenized_bleu": metrics.tokenized_bleu}[
-        run.task["metric"]
-    ]
+    measure = metrics.TEXT_METRICS[run.task["metric"]]
     before, after = (measure([run.tokenizer.decode(o) for o in side], targets) for side in (from_pytorch, from_onnx))
     return _metric(
         f"{run.task['metric']} (greedy)",

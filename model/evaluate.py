@@ -29,7 +29,6 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 _BATCH_TOKENS = 8192
-_TEXT_METRICS = {"exact_match": metrics.exact_match, "bleu": metrics.bleu, "tokenized_bleu": metrics.tokenized_bleu}
 
 
 def evaluate_run(
@@ -116,7 +115,7 @@ def greedy_metric(model: Transformer, tokenizer: Tokenizer, metric: str, example
     """The task's metric of greedy outputs, decoded in batches: quick enough for every evaluation of a training."""
     outputs = greedy_batch(model, [example.input for example in examples], max_tokens)
     texts = [tokenizer.decode(ids) for ids in outputs]
-    return _TEXT_METRICS[metric](texts, [tokenizer.decode(list(example.output)) for example in examples])
+    return metrics.TEXT_METRICS[metric](texts, [tokenizer.decode(list(example.output)) for example in examples])
 
 
 def _translation(
@@ -125,7 +124,7 @@ def _translation(
     sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
     outputs = translate(run, sources, beams, on_progress)
     result = {"exact_match": metrics.exact_match(outputs, targets)}
-    result[run.task["metric"]] = _TEXT_METRICS[run.task["metric"]](outputs, targets)
+    result[run.task["metric"]] = metrics.TEXT_METRICS[run.task["metric"]](outputs, targets)
     result["chrf"] = metrics.chrf(outputs, targets)
     return result
 

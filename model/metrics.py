@@ -27,6 +27,10 @@ def chrf(outputs: Sequence[str], targets: Sequence[str]) -> float:
     return sacrebleu.corpus_chrf(list(outputs), [list(targets)]).score
 
 
+TEXT_METRICS = {"exact_match": exact_match, "bleu": bleu, "tokenized_bleu": tokenized_bleu}
+"""What a recipe may name as the metric of a task whose outputs are texts."""
+
+
 def classification(outputs: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """Accuracy, and precision, recall and F1 averaged over the classes, all in percent."""
     precisions, recalls, f1s = [], [], []

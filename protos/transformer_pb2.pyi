@@ -307,7 +307,7 @@ class Limits(_message.Message):
     def __init__(self, max_inputs: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., max_beams: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "family", "task", "precision", "device", "fingerprint", "parameters", "limits", "default_options", "labels", "parity_certificate")
+    __slots__ = ("name", "family", "task", "precision", "device", "fingerprint", "parameters", "limits", "default_options", "labels", "parity_certificate", "shortlist_size")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +319,7 @@ class Model(_message.Message):
     DEFAULT_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     PARITY_CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    SHORTLIST_SIZE_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     task: str
@@ -330,7 +331,8 @@ class Model(_message.Message):
     default_options: GenerationOptions
     labels: _containers.RepeatedScalarFieldContainer[str]
     parity_certificate: str
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., task: _Optional[str] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., fingerprint: _Optional[str] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_options: _Optional[_Union[GenerationOptions, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., parity_certificate: _Optional[str] = ...) -> None: ...
+    shortlist_size: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., task: _Optional[str] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., fingerprint: _Optional[str] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_options: _Optional[_Union[GenerationOptions, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., parity_certificate: _Optional[str] = ..., shortlist_size: _Optional[int] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)

@@ -36,7 +36,7 @@ def _build(bundle: Bundle, spec: EngineSpec, settings: SessionSettings) -> Stepp
         encoding.submit(EncodingRequest(id="warm-up", input_ids=(Tokenizer.EOS,)))
         encoding.step()
         return cast("Stepper", encoding)  # each engine takes its own kind of request, which the door sees to
-    runtime = SequenceRuntime(graphs, SequenceShape.from_config(config), rows, settings)
+    runtime = SequenceRuntime(graphs, SequenceShape.from_config(config), rows, settings, shortlist=bundle.shortlist())
     runtime.tune()
     tokenizer = Tokenizer.load(bundle.path("tokenizer.json"))
     engine = Engine(runtime, start_token=Tokenizer.BOS, end_token=Tokenizer.EOS, text_stream=tokenizer.stream)

@@ -174,6 +174,7 @@ def model_message(model: ServedModel) -> pb.Model:
         default_options=options if Ability.GENERATE in model.abilities else None,
         labels=model.labels,
         parity_certificate=model.certificate,
+        shortlist_size=len(model.shortlist or ()),
     )
 
 

@@ -24,6 +24,7 @@ from server.validation import (
     check_ids,
     check_phrase,
     check_text,
+    check_writable,
     fit_to_context,
 )
 
@@ -70,6 +71,7 @@ class Door:
             self._model.defaults,
             complaints,
             vocab_size=self._model.vocab_size,
+            writable=self._model.writable,
             end_token=self._tokenizer.EOS,
             random_seed=secrets.randbits(53),
         )
@@ -82,12 +84,13 @@ class Door:
 
         all_ids = await self._encode(named, self._encode_input)
         forced = tuple(self._tokenizer.encode_text(target_prefix)) if target_prefix else ()
+        check_writable(forced, self._model.writable, "target_prefix", complaints)
         if len(forced) >= decoding.max_tokens:
             complaints.refuse("target_prefix", f"has {len(forced)} tokens, too many for a max_tokens of {decoding.max_tokens}")
         decoding = replace(decoding, required_phrases=await self._encode_phrases(phrases, decoding, complaints))
         # What may not be the next token: what is suppressed, what would end the text, and after a prefix any n-gram's last one.
         excluded = len(decoding.adjustments.suppressed_tokens) + len(decoding.stop_tokens) + 1 + len(forced)
-        if decoding.alternatives > max(0, self._model.vocab_size - excluded):
+        if decoding.alternatives > max(0, len(self._model.writable) - excluded):
             complaints.refuse("options.alternatives", "leave too few tokens to choose from")
         requests = []
         for position, (one, ids) in enumerate(zip(named, all_ids, strict=True)):
@@ -122,6 +125,7 @@ class Door:
             check_ids(ids, self._limits.max_input_tokens, self._model.vocab_size, source.field, complaints)
             longest = self._limits.max_output_tokens - (0 if self._has_encoder else len(ids))
             check_ids(forced, max(0, longest), self._model.vocab_size, target.field, complaints)
+            check_writable(forced, self._model.writable, target.field, complaints)
             decoding = Decoding(max_tokens=max(1, len(forced)))
             requests.append(
                 GenerationRequest(
@@ -179,6 +183,7 @@ class Door:
         encoded = await self._encode(phrases, self._tokenizer.encode_text)
         for phrase, ids in zip(phrases, encoded, strict=True):
             check_phrase(ids, decoding, self._tokenizer.EOS, self._model.vocab_size, phrase.field, complaints)
+            check_writable(ids, self._model.writable, phrase.field, complaints)
             if isinstance(phrase.given, str) and self._tokenizer.UNK in ids:
                 complaints.refuse(phrase.field, "has characters that the model cannot write")
         if (total := sum(map(len, encoded))) > MAX_PHRASE_TOKENS:

@@ -104,6 +104,7 @@ def _describe(
         labels=labels,
         certificate=json.dumps(manifest.certificate[precision], ensure_ascii=False),
         vocab_size=manifest.model["vocab_size"],
+        shortlist=None if (shortlist := bundle.shortlist()) is None else frozenset(shortlist),
         tokenizer=tokenizer,
         engine=_make_engine(
             manifest.name, spec, engines, options, partial(on_step, manifest.name), partial(on_loss, manifest.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -47,8 +47,15 @@ class ServedModel:
     certificate: str
     """The bundle's parity certificate, as JSON."""
     vocab_size: int
+    shortlist: frozenset[int] | None = None
+    """The only tokens that outputs may contain; None: all of the vocabulary."""
     tokenizer: Tokenizer
     engine: EngineClient
+
+    @property
+    def writable(self) -> Collection[int]:
+        """The tokens that outputs may contain."""
+        return range(self.vocab_size) if self.shortlist is None else self.shortlist
 
     @property
     def abilities(self) -> frozenset[Ability]:

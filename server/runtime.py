@@ -81,6 +81,7 @@ class SequenceRuntime:
     Args:
         graphs: folder of one precision's graphs.
         caches: for tests; made to fit the device otherwise.
+        shortlist: the tokens whose logits the graphs compute, rising; None: all.
 
     Attributes:
         step_rows: most rows of one run of the graph; a step over more rows takes several. See ``tune``.
@@ -90,10 +91,18 @@ class SequenceRuntime:
     """
 
     def __init__(
-        self, graphs: Path, shape: SequenceShape, rows: int, settings: SessionSettings, caches: Caches | None = None
+        self,
+        graphs: Path,
+        shape: SequenceShape,
+        rows: int,
+        settings: SessionSettings,
+        caches: Caches | None = None,
+        shortlist: Sequence[int] | None = None,
     ) -> None:
         self.shape, self.rows = shape, rows
         self.step_rows = rows
+        self._shortlist = None if shortlist is None else np.array(shortlist)
+        self._outputs = shape.vocab_size if shortlist is None else len(shortlist)
         self._device = settings.device
         self._decode = open_session(graphs / "decode.onnx", settings)
         self._encode = open_session(graphs / "encode.onnx", settings) if shape.has_encoder else None
@@ -108,7 +117,7 @@ class SequenceRuntime:
         self._source_total = np.zeros((), np.int32)
         self._logits = np.zeros((rows, self._logits_width), np.float32)
         # Two for each beam of the usual widths, and one more where the end of text is forbidden.
-        self.top_k_choices = sorted({min(k, shape.vocab_size) for k in (1, 2, 4, 5, 8, 9, 10, 11, 16, 17, 32, 33, 64)})
+        self.top_k_choices = sorted({min(k, self._outputs) for k in (1, 2, 4, 5, 8, 9, 10, 11, 16, 17, 32, 33, 64)})
         self._top_k = {k: np.array([k], np.int64) for k in self.top_k_choices}
         self._candidates: dict[int, Candidates] = {}
         self._steps: dict[tuple[int, int, int, bool], ort.IOBinding] = {}
@@ -213,11 +222,17 @@ class SequenceRuntime:
 
     def logits(self, rows: Rows) -> NDArray[np.float32]:
         if self._device_memory is None:
-            return self._logits[rows, : self.shape.vocab_size]
-        fetched = np.empty((len(rows), self._logits_width), np.float32)
-        for row, target in zip(rows.tolist(), fetched, strict=True):
-            self._device_memory.fetch(self._device_logits + row * target.nbytes, target)
-        return fetched[:, : self.shape.vocab_size]
+            logits = self._logits[rows, : self._outputs]
+        else:
+            fetched = np.empty((len(rows), self._logits_width), np.float32)
+            for row, target in zip(rows.tolist(), fetched, strict=True):
+                self._device_memory.fetch(self._device_logits + row * target.nbytes, target)
+            logits = fetched[:, : self._outputs]
+        if self._shortlist is None:
+            return logits
+        whole = np.full((len(rows), self.shape.vocab_size), -np.inf, np.float32)
+        whole[:, self._shortlist] = logits
+        return whole
 
     def branch(self, source: Rows, target: Rows, start: NDArray[np.intp], stop: NDArray[np.intp]) -> None:
         self._caches.branch(source, target, start, stop)

@@ -81,7 +81,7 @@ class SequenceModel(Protocol):
         """
 
     def logits(self, rows: Rows) -> NDArray[np.float32]:
-        """[len(rows), V] of the last step."""
+        """[len(rows), V] of the last step; -inf for tokens that the model does not write."""
 
     def branch(self, source: Rows, target: Rows, start: NDArray[np.intp], stop: NDArray[np.intp]) -> None:
         """Copies target positions start[i] to stop[i] of row source[i] to row target[i], which agrees on those before.

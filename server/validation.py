@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -97,6 +97,12 @@ def check_ids(ids: Sequence[int], longest: int, vocab_size: int, where: str, com
         complaints.refuse(where, f"token id {strangers[0]} is not in the vocabulary of {vocab_size}")
 
 
+def check_writable(ids: Sequence[int], writable: Collection[int], where: str, complaints: Complaints) -> None:
+    """An output that must contain what the model cannot write: the bundle's shortlist leaves it out. After ``check_ids``."""
+    if strangers := [i for i in ids if i not in writable]:
+        complaints.refuse(where, f"contains token id {strangers[0]}, which is not in the model's shortlist of {len(writable)}")
+
+
 def check_decoding(
     options: DecodingOptions,
     limits: Limits,
@@ -104,12 +110,14 @@ def check_decoding(
     complaints: Complaints,
     *,
     vocab_size: int,
+    writable: Collection[int],
     end_token: int,
     random_seed: int,
 ) -> Decoding:
     """Turns a caller's options into a Decoding; the engine can trust it once ``complaints`` are closed.
 
     Args:
+        writable: the tokens that the model may write.
         random_seed: the seed that a sampling request without one gets.
     """
     sampling = None
@@ -135,7 +143,7 @@ def check_decoding(
         max_hypotheses = options.hypotheses or 1
     if options.required_phrases:
         _check_constrained_search(options, beams, complaints)
-    if len(may_not_come) >= vocab_size:
+    if all(token in may_not_come for token in writable):
         complaints.refuse("options.suppressed_tokens", "with min_tokens and stop_tokens, leave no token to choose")
     return Decoding(
         max_tokens=max_tokens,

@@ -144,14 +144,14 @@ def _liven(network: Transformer, rng: random.Random) -> None:
 
 
 @functools.cache
-def graphs(config: ModelConfig, seed: int = 0, precision: str = "fp32") -> Path:
+def graphs(config: ModelConfig, seed: int = 0, precision: str = "fp32", shortlist: tuple[int, ...] | None = None) -> Path:
     """The folder of the model's exported graphs; int8 takes its scales from random texts."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-graphs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     network = copy.deepcopy(model(config, seed))
     if precision == "int8":
         observe(network, lambda: _run_random_texts(network))
-    for name, module in graph_modules(network, precision).items():
+    for name, module in graph_modules(network, precision, shortlist).items():
         if precision == "int8":
             quantize(module)
         trace(module, config, folder / f"{name}.onnx", precision)

@@ -183,6 +183,7 @@ def model_info(message: pb.Model) -> ModelInfo:
         default_options=Options(**{name: getattr(defaults, name) for name in _DEFAULTS if defaults.HasField(name)}),
         labels=tuple(message.labels),
         parity_certificate=message.parity_certificate,
+        shortlist_size=message.shortlist_size,
     )
 
 

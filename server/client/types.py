@@ -168,3 +168,5 @@ class ModelInfo:
     labels: tuple[str, ...]
     parity_certificate: str
     """JSON."""
+    shortlist_size: int
+    """Above 0: outputs contain only so many of the vocabulary's tokens."""

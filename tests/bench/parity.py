@@ -27,7 +27,6 @@ from tests.bench.served import served
 
 TIE = 1e-4
 """Outputs whose scores differ by less are equally good, as far as fp32 can tell."""
-MEASURES = {"exact_match": metrics.exact_match, "bleu": metrics.bleu, "tokenized_bleu": metrics.tokenized_bleu}
 
 
 async def translate(target: str, sources: list[str], beams: int, max_tokens: int, concurrency: int) -> list[Generation]:
@@ -69,7 +68,7 @@ def main(
     examples = run.held_out[:limit]
     sources, targets = [e["source"] for e in examples], [e["target"] for e in examples]
     max_tokens = min(run.generation["max_tokens"], run.config.max_target_length)
-    measure = MEASURES[run.task["metric"]]
+    measure = metrics.TEXT_METRICS[run.task["metric"]]
     table = Table(
         "decoding", "sentences", "differ", "of them ties", f"{run.task['metric']} served", "reference", "served sentences/s"
     )

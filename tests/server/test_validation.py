@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from server.validation import Complaints, check_count, check_decoding, check_ids
 
 LIMITS = Limits(max_inputs=3, max_text_bytes=10, max_input_tokens=4, max_output_tokens=20, max_beams=8)
 DEFAULTS = GenerationDefaults(beams=5, length_penalty=0.6, max_tokens=12)
-MODEL = {"vocab_size": 100, "end_token": 2, "random_seed": 7}
+MODEL: dict[str, Any] = {"vocab_size": 100, "writable": range(100), "end_token": 2, "random_seed": 7}
 
 
 _FLOATS = st.floats(allow_subnormal=False)  # ONNX Runtime, once loaded by another test, flushes them to zero
