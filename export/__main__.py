@@ -35,6 +35,13 @@ def main(
     precision: Annotated[
         list[Precision], typer.Option(help="Graphs to make: fp32, int8 for CPUs, fp16 for CUDA; may be given several times.")
     ] = _FP32_ALONE,
+    alignment: Annotated[
+        bool,
+        typer.Option(
+            "--alignment",
+            help="Add the graph that finds where the decoder looked in the source, for alignments and the coverage penalty.",
+        ),
+    ] = False,
     shortlist: Annotated[
         int | None,
         typer.Option(
@@ -55,6 +62,7 @@ def main(
             name=name or bundle.name,
             precisions=[p.value for p in dict.fromkeys(precision)],
             shortlist_count=shortlist,
+            alignment=alignment,
             force=force,
             report=console.print,
         )
@@ -74,6 +82,8 @@ def certificate_table(certificate: Certificate) -> Table:
         table.add_row(
             stage["stage"], stage["against"], f"{stage['max_logit_difference']:.1e}", f"{stage['identical_tokens']:.2%}"
         )
+    if own := certificate.alignment:
+        table.add_row("attention", "pytorch", f"{own['max_weight_difference']:.1e}", f"{own['identical_positions']:.2%}")
     if metric := certificate.metric:
         table.add_row(
             metric["name"], f"{metric['inputs']} inputs", f"pytorch {metric['pytorch']:.2f}", f"onnx {metric['onnx']:.2f}"

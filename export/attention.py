@@ -85,8 +85,9 @@ class PackedSelfAttention(nn.Module):
         self, x: Tensor, batch: int, past: tuple[Tensor, Tensor] | None, last: Tensor, total: Tensor
     ) -> tuple[Tensor, ...]:
         packed = by_rows(self.packed(x), batch)  # [B, T, (H + 2G) K]
+        scales = None if past is None else self.scales
         y, *present = group_query_attention(
-            packed, None, past, last, total, rotary=self.rotary, causal=self.causal, scales=self.scales, **self.sizes
+            packed, None, past, last, total, rotary=self.rotary, causal=self.causal, scales=scales, **self.sizes
         )
         return self.out(_shaped_like(x, y)), *present
 
@@ -106,6 +107,32 @@ class CrossAttention(nn.Module):
         query = by_rows(self.query(x), batch)  # [B, 1, H K]
         y, *present = group_query_attention(query, new, source, last, total, scales=self.scales, **self.sizes)
         return self.out(_shaped_like(x, y)), *present
+
+
+class VisibleCrossAttention(nn.Module):
+    """Cross-attention that shows its weights, in plain operators, for several hypotheses of one source."""
+
+    def __init__(self, trained: MultiHeadAttention) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = trained.heads, trained.kv_heads, trained.width
+        self.query, self.out = trained.query, trained.out
+        self.scales = cache_scales(trained)
+
+    def forward(self, x: Tensor, source: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is attended to, [B, T, D], and the weights [B, H, T, S].
+
+        Args:
+            x: [B, T, D].
+            source: keys and values of the one source, each [1, G, S, K].
+        """
+        keys, values = source
+        if self.scales is not None:
+            keys, values = keys.to(x.dtype) * self.scales[0], values.to(x.dtype) * self.scales[1]
+        share = self.heads // self.kv_heads
+        keys, values = keys.repeat_interleave(share, dim=1), values.repeat_interleave(share, dim=1)  # [1, H, S, K]
+        query = self.query(x).unflatten(-1, (self.heads, self.width)).transpose(1, 2)  # [B, H, T, K]
+        weights = (query @ keys.transpose(-2, -1) * self.width**-0.5).softmax(-1)  # [B, H, T, S]
+        return self.out((weights @ values).transpose(1, 2).flatten(2)), weights
 
 
 def by_rows(x: Tensor, batch: int) -> Tensor:

@@ -38,6 +38,7 @@ def build_bundle(
     name: str,
     precisions: Sequence[str] = ("fp32",),
     shortlist_count: int | None = None,
+    alignment: bool = False,
     force: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Certificate]:
@@ -45,6 +46,7 @@ def build_bundle(
 
     Args:
         precisions: of PRECISIONS; each becomes its own set of graphs with its own certificate.
+        alignment: with the graph that finds where the decoder looked, for encoder-decoders.
         shortlist_count: leave out of outputs what training targets have less often; None leaves out nothing.
 
     Returns:
@@ -60,6 +62,8 @@ def build_bundle(
         raise ExportError(f"{run_folder}: {'; '.join(problems)}")
     if not run.held_out or ("int8" in precisions and not run.calibration):
         raise ExportError(f"{run_folder}: no examples to compare the graphs with (held_out.jsonl, calibration.jsonl)")
+    if alignment and run.config.family != "encoder_decoder":
+        raise ExportError(f"{run_folder}: only an encoder-decoder has alignments, not a {run.config.family} model")
     certificates: list[Certificate] = []
     shortlist, cost = None, {}
     if shortlist_count is not None:
@@ -73,7 +77,7 @@ def build_bundle(
             write_shortlist(folder, shortlist)
         for precision in precisions:
             report(f"{precision}: tracing the graphs, comparing them with PyTorch")
-            _trace_graphs(run, precision, folder / precision, shortlist)
+            _trace_graphs(run, precision, folder / precision, shortlist, alignment=alignment)
             certificates.append(verify(run, folder / precision, precision, shortlist))
             certificates[-1].shortlist = cost
             if failures := certificates[-1].failures:
@@ -84,14 +88,14 @@ def build_bundle(
     return certificates
 
 
-def _trace_graphs(run: Run, precision: str, folder: Path, shortlist: Sequence[int] | None) -> None:
+def _trace_graphs(run: Run, precision: str, folder: Path, shortlist: Sequence[int] | None, *, alignment: bool) -> None:
     """Writes the graphs of one precision."""
     model = copy.deepcopy(run.model)  # the trained weights stay as they are
     if precision == "fp16":
         model.half()
     if precision == "int8":
         observe(model, partial(_run_examples, model, run.calibration))
-    for name, module in graph_modules(model, precision, shortlist).items():
+    for name, module in graph_modules(model, precision, shortlist, alignment=alignment).items():
         if precision == "int8":
             quantize(module)
         trace(module, run.config, folder / f"{name}.onnx", precision)

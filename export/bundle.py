@@ -173,7 +173,7 @@ def _certified(certificate: dict[str, Any]) -> bool:
     """Whether it says so, and its own numbers say so too; written so that a NaN fails."""
     try:
         limits, stages, metric = certificate["thresholds"], certificate["stages"], certificate["metric"]
-        shortlist = certificate["shortlist"]
+        shortlist, alignment = certificate["shortlist"], certificate["alignment"]
         return (
             certificate["passed"] is True
             and len(stages) > 0
@@ -181,6 +181,7 @@ def _certified(certificate: dict[str, Any]) -> bool:
             and all(stage["identical_tokens"] >= limits["identical_tokens"] for stage in stages)
             and (not metric or metric["loss"] <= limits["metric_loss"])
             and (not shortlist or shortlist["loss"] <= limits["shortlist_loss"])
+            and (not alignment or alignment["max_weight_difference"] <= limits["max_weight_difference"])
         )
     except (KeyError, TypeError):
         return False

@@ -49,6 +49,7 @@ class SequenceGraphs:
         self.config = config
         self.encoder = open_graph(folder / "encode.onnx") if config.has_encoder else None
         self.decoder = open_graph(folder / "decode.onnx")
+        self.aligner = open_graph(folder / "align.onnx") if (folder / "align.onnx").exists() else None
         kind = next(i.type for i in self.decoder.get_inputs() if i.name == "self_key_0")
         self.dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[kind]
         (self.width,) = (o.shape[1] for o in self.decoder.get_outputs() if o.name == "logits")
@@ -146,6 +147,16 @@ class SequenceGraphs:
                 break
         rows = np.array(produced).T.tolist()
         return [row[: row.index(EOS)] if EOS in row else row for row in rows]
+
+    def align(self, source: Sequence[int], outputs: Sequence[Sequence[int]]) -> list[Array]:
+        """Where the decoder looked in ``source``, [T, S], while it wrote each of ``outputs``."""
+        assert self.encoder is not None
+        assert self.aligner is not None
+        (cross,) = self.encoder.run(None, pad([source]))
+        feeds = pad([[BOS, *output[:-1]] for output in outputs])
+        feeds["tokens"] = feeds.pop("source")
+        (weights,) = self.aligner.run(None, feeds | {"cross": cross})
+        return [rows[: len(output)] for rows, output in zip(weights, outputs, strict=True)]
 
     def _first(self, input_ids: Sequence[int]) -> list[int]:
         return [BOS] if self.encoder else [input_ids[-1]]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.attention import CrossAttention, PackedSelfAttention, by_rows, cache_scales, stack_linear
+from export.attention import CrossAttention, PackedSelfAttention, VisibleCrossAttention, by_rows, cache_scales, stack_linear
 from export.output_layer import OutputLayer
 from model.config import ModelConfig
 from model.layers import DecoderLayer, EncoderLayer, Residual
@@ -129,8 +129,8 @@ class DecodeGraph(nn.Module):
     source_total int32, and per layer cross_key_i, cross_value_i [B, G, S, K].
 
     Returns log-probabilities and ids of the top_k best next tokens, [B, top_k], best first; all logits [B, W], W >= V, or those
-    of a shortlist (see OutputLayer); then the caches in the order of the inputs. More than one new token is for decoder-only models, one row at a
-    time (the operator's limit).
+    of a shortlist (see OutputLayer); then the caches in the order of the inputs. More than one new token is for decoder-only
+    models, one row at a time (the operator's limit).
     """
 
     def __init__(self, model: Transformer, flat: bool, shortlist: Sequence[int] | None = None) -> None:
@@ -178,21 +178,58 @@ class DecodeGraph(nn.Module):
         return values, ids, logits, *presents, *(cross_presents if self.has_cross else ())
 
 
+class AlignGraph(nn.Module):
+    """``align``: where the decoder looked in the source while it wrote some outputs, which it reads again from the beginning.
+
+    tokens [B, T] int64 (<s> first, padded with anything), last [B] int32 (length - 1), total int32 (T), cross
+    [L, 2, 1, G, S, K] as ``encode`` gives it for the one source of all outputs -> weights [B, T, S], the mean over the last
+    layer's heads.
+
+    A graph of its own, run once an output is whole: a decode step, and who shares it, pays nothing for it.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.embedding = Embedded(model.decoder_embedding, model.target_embedding_weight)
+        rotary = model.decoder.rotary(0, model.config.max_target_length)
+        self.layers = cast(list[DecoderLayer], nn.ModuleList(model.decoder))
+        self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary, causal=True) for layer in self.layers)
+        self.crosses = nn.ModuleList(VisibleCrossAttention(layer.cross_attention) for layer in self.layers)
+
+    def forward(self, tokens: Tensor, last: Tensor, total: Tensor, cross: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        x = self.embedding(tokens, torch.arange(length).expand(batch, length))
+        for i, layer in enumerate(self.layers):
+            (y,) = self.attentions[i](layer.self_residual.enter(x), batch, None, last, total)
+            x = layer.self_residual.leave(x, y)
+            y, weights = self.crosses[i](layer.cross_residual.enter(x), (cross[i, 0], cross[i, 1]))
+            x = layer.cross_residual.leave(x, y)
+            x = _feed_forward(x, layer.feed_forward, layer.feed_forward_residual)
+        return weights.float().mean(1)
+
+
 def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
-def graph_modules(model: Transformer, precision: str = "fp32", shortlist: Sequence[int] | None = None) -> dict[str, nn.Module]:
+def graph_modules(
+    model: Transformer, precision: str = "fp32", shortlist: Sequence[int] | None = None, *, alignment: bool = False
+) -> dict[str, nn.Module]:
     """The graphs of a family, by the name of their file.
 
     Args:
         shortlist: the only tokens that outputs may contain, rising; None: all.
+        alignment: with ``align``, for encoder-decoders.
     """
     family, flat = model.config.family, precision != "int8"
     if family == "encoder_only":
         return {"encode": ClassifyGraph(model, flat)}
-    decode: dict[str, nn.Module] = {"decode": DecodeGraph(model, flat, shortlist)}
-    return {"encode": SourceGraph(model, flat), **decode} if family == "encoder_decoder" else decode
+    graphs: dict[str, nn.Module] = {"decode": DecodeGraph(model, flat, shortlist)}
+    if family == "encoder_decoder":
+        graphs["encode"] = SourceGraph(model, flat)
+        if alignment:
+            graphs["align"] = AlignGraph(model)
+    return graphs
 
 
 def check_exportable(config: ModelConfig) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from export.bundle import CACHE_TYPES
-from export.graphs import ClassifyGraph, DecodeGraph, SourceGraph
+from export.graphs import AlignGraph, ClassifyGraph, DecodeGraph, SourceGraph
 from model.config import ModelConfig
 
 OPSET = 20
@@ -78,6 +78,20 @@ def decode_signature(config: ModelConfig, precision: str) -> Signature:
     return Signature(inputs, outputs)
 
 
+def align_signature(config: ModelConfig, precision: str) -> Signature:
+    rows, length, source = 2, 3, 5
+    cross = torch.zeros(config.decoder_layers, 2, 1, config.key_value_heads, source, config.head_width)
+    return Signature(
+        inputs={
+            "tokens": (torch.full((rows, length), 3), {0: "rows", 1: "tokens"}),
+            "last": (torch.full((rows,), length - 1, dtype=torch.int32), {0: "rows"}),
+            "total": (torch.tensor(length, dtype=torch.int32), {}),
+            "cross": (cross.to(getattr(torch, CACHE_TYPES[precision])), {4: "source"}),
+        },
+        outputs={"weights": {0: "rows", 1: "tokens", 2: "source"}},
+    )
+
+
 def _cache_names(kind: str, layers: int) -> list[str]:
     return [f"{kind}_{what}_{i}" for i in range(layers) for what in ("key", "value")]
 
@@ -87,6 +101,8 @@ def trace(module: nn.Module, config: ModelConfig, path: Path, precision: str) ->
     match module:
         case DecodeGraph():
             signature = decode_signature(config, precision)
+        case AlignGraph():
+            signature = align_signature(config, precision)
         case SourceGraph():
             signature = source_signature(config)
         case ClassifyGraph():

@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 
 from export.graph_runner import BOS, EOS, ClassifyGraphs, SequenceGraphs
 from model import metrics
+from model.alignment import alignment_weights
 from model.checkpoint import Run
-from model.decode import Incremental, greedy
+from model.decode import Incremental, greedy_batch
 
 LOGIT_INPUTS = 24
 """Inputs whose every logit is compared."""
-METRIC_INPUTS = 200
-"""Inputs from which the task's metric is computed."""
+METRIC_INPUTS = 1000
+"""Inputs from which the task's metric is computed: so many that a tenth of a percent can be seen."""
 RAGGED_BATCH = 8
 MAX_LOGIT_DIFFERENCE = {"fp32": 1e-4, "fp16": 0.1, "int8": 3.0}
 MIN_IDENTICAL_TOKENS = {"fp32": 0.999, "fp16": 0.99, "int8": 0.95}
 MAX_METRIC_LOSS = {"fp32": 0.1, "fp16": 0.2, "int8": 0.5}
 """In points of the metric, 0 to 100 (perplexity: nats)."""
+MAX_WEIGHT_DIFFERENCE = {"fp32": 1e-4, "fp16": 0.05, "int8": 0.5}
+"""Of attention, of which there is 1 for each output token."""
 MAX_SHORTLIST_LOSS = 0.1
 """In points of the metric: what generating without the other tokens may cost."""
 
@@ -47,6 +50,8 @@ class Certificate:
     metric: dict[str, Any] = field(default_factory=dict)
     shortlist: dict[str, Any] = field(default_factory=dict)
     """What it costs: see ``export.shortlist.shortlist_cost``; empty without one."""
+    alignment: dict[str, Any] = field(default_factory=dict)
+    """Attention from PyTorch and from the graph; empty without one."""
 
     def compare(self, stage: str, against: str, found: Logits, wanted: Logits) -> None:
         # np.max, because the built-in max forgets a NaN that is not the first.
@@ -61,6 +66,14 @@ class Certificate:
                 "positions": len(same),
             }
         )
+
+    def compare_attention(self, found: Logits, wanted: Logits) -> None:
+        same = np.concatenate([f.argmax(-1) == w.argmax(-1) for f, w in zip(found, wanted, strict=True)])
+        self.alignment = {
+            "max_weight_difference": float(np.max([np.abs(f - w).max() for f, w in zip(found, wanted, strict=True)])),
+            "identical_positions": float(same.mean()),
+            "positions": len(same),
+        }
 
     @property
     def failures(self) -> list[str]:
@@ -77,6 +90,8 @@ class Certificate:
             found.append(f"{self.metric['name']} falls from {self.metric['pytorch']:.2f} to {self.metric['onnx']:.2f}")
         if (cost := self.shortlist) and not cost["loss"] <= MAX_SHORTLIST_LOSS:
             found.append(f"the shortlist takes {cost['name']} from {cost['whole']:.2f} to {cost['shortlist']:.2f}")
+        if (own := self.alignment) and not own["max_weight_difference"] <= MAX_WEIGHT_DIFFERENCE[self.precision]:
+            found.append(f"attention differs by {own['max_weight_difference']:.2g}")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,10 +105,12 @@ class Certificate:
                 "identical_tokens": MIN_IDENTICAL_TOKENS[self.precision],
                 "metric_loss": MAX_METRIC_LOSS[self.precision],
                 "shortlist_loss": MAX_SHORTLIST_LOSS,
+                "max_weight_difference": MAX_WEIGHT_DIFFERENCE[self.precision],
             },
             "stages": self.stages,
             "metric": self.metric,
             "shortlist": self.shortlist,
+            "alignment": self.alignment,
         }
 
 
@@ -144,6 +161,10 @@ def _verify_sequences(run: Run, graphs: SequenceGraphs, precision: str) -> Certi
     if not run.config.has_encoder:
         chunked = [graphs.forced([i], [t], chunk=5)[0] for i, t in zip(some, wanted, strict=True)]
         certificate.compare(f"onnx {precision} with chunked prefill", f"onnx {precision}", chunked, alone)
+    if graphs.aligner is not None:
+        aligned = [graphs.align(i, [t])[0] for i, t in zip(some, wanted, strict=True)]
+        trained = [alignment_weights(run.model, i, t).numpy() for i, t in zip(some, wanted, strict=True)]
+        certificate.compare_attention(aligned, trained)
     if run.task["metric"] == "perplexity":
         certificate.metric = _perplexity_metric(whole, alone, wanted)
     else:
@@ -173,7 +194,7 @@ def _generation_metric(run: Run, graphs: SequenceGraphs, inputs: list[list[int]]
     """The task's metric of greedy outputs, from PyTorch and from the graphs."""
     max_tokens = min(run.generation["max_tokens"], run.config.max_target_length)
     targets = [example["target"] for example in run.held_out[: len(inputs)]]
-    from_pytorch = [greedy(run.model, ids, max_tokens).text_tokens for ids in inputs]
+    from_pytorch = greedy_batch(run.model, inputs, max_tokens)
     from_onnx: list[list[int]] = []
     for begin in range(0, len(inputs), 32):
         from_onnx += graphs.greedy(inputs[begin : begin + 32], max_tokens)

@@ -6,6 +6,7 @@ Shapes: L decoder layers, H heads, T target positions, S source positions, K hea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,33 @@ from torch import Tensor, nn
 
 from model.attention import MultiHeadAttention
 from model.layers import DecoderLayer
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+
+BOS = Tokenizer.BOS
+LEAST_SEEN = 2.0**-126
+"""The least attention that a source token is said to have had: its logarithm must be a number."""
+
+
+def alignment_weights(model: Transformer, source: Sequence[int], output: Sequence[int]) -> Tensor:
+    """[T, S]: where the last layer's heads looked, on average, when each token of ``output`` was chosen.
+
+    Args:
+        source: ids with </s>.
+        output: ids as the decoder wrote them, without <s>.
+    """
+    return cross_attention_weights(model, list(source), [BOS, *output[:-1]])[-1].mean(0)
+
+
+def coverage(weights: Tensor) -> float:
+    """How well an output covers its source: sum over i of log(min(sum over t of weights[t, i], 1)), at most 0.
+
+    Wu et al. 2016, equation 14. Every token of the source counts, </s> too; one that was hardly looked at counts as LEAST_SEEN.
+
+    Args:
+        weights: [T, S], as ``alignment_weights`` gives them.
+    """
+    return float(weights.sum(0).clamp(LEAST_SEEN, 1.0).log().sum())
 
 
 @torch.no_grad()

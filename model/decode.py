@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.alignment import alignment_weights, coverage
 from model.attention import KeyValue
 from model.decoding_rules import Rules
 from model.transformer import Memory, Transformer
@@ -30,7 +31,7 @@ class Hypothesis:
     log_probabilities: list[float]
     """Natural logarithm of each token's probability in the model's own distribution."""
     score: float
-    """What hypotheses are ranked by: the sum of adjusted log-probabilities / len(tokens) ** length_penalty."""
+    """What hypotheses are ranked by: the sum of adjusted log-probabilities / len(tokens) ** length_penalty + coverage."""
 
     @property
     def log_probability(self) -> float:
@@ -123,6 +124,7 @@ def beam_search(
     max_tokens: int,
     min_tokens: int = 0,
     length_penalty: float = 1.0,
+    coverage_penalty: float = 0.0,
     patience: float = 1.0,
     rules: Rules | None = None,
 ) -> list[Hypothesis]:
@@ -133,6 +135,9 @@ def beam_search(
     at once, and its place stays empty until the others' continuations fill it. The search stops when round(beams * patience)
     hypotheses are collected ("first come, first served", Kasai et al. 2022), or at ``max_tokens``, where the live ones are
     collected too. With required phrases, continuations are ranked in another way: see ``_rank_by_banks``.
+
+    What is collected is ranked by its score (Wu et al. 2016, equation 14): ``normalised``, and ``coverage_penalty`` times the
+    coverage.
 
     Args:
         rules: what else is asked of the output; ``min_tokens`` is a short form of the rule of that name.
@@ -178,6 +183,9 @@ def beam_search(
             finished += [b.hypothesis(length_penalty) for b in live]
             break
         logits = decoder.step_logits(parents, [b.tokens[-1] for b in live])
+    if coverage_penalty:
+        covered = [coverage(alignment_weights(model, input_ids, h.tokens)) for h in finished]
+        finished = [replace(h, score=h.score + coverage_penalty * c) for h, c in zip(finished, covered, strict=True)]
     return sorted(finished, key=lambda h: -h.score)[:beams]
 
 

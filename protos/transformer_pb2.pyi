@@ -7,12 +7,21 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Attention(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ATTENTION_UNSPECIFIED: _ClassVar[Attention]
+    ATTENTION_ALIGNMENT: _ClassVar[Attention]
+    ATTENTION_WEIGHTS: _ClassVar[Attention]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_END_OF_TEXT: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
+ATTENTION_UNSPECIFIED: Attention
+ATTENTION_ALIGNMENT: Attention
+ATTENTION_WEIGHTS: Attention
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_END_OF_TEXT: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -33,7 +42,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerationOptions(_message.Message):
-    __slots__ = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "sampling", "patience", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram", "token_bias", "suppressed_tokens", "stop_tokens", "stop_strings", "ignore_end_of_text", "alternatives", "required_phrases")
+    __slots__ = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "sampling", "patience", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram", "token_bias", "suppressed_tokens", "stop_tokens", "stop_strings", "ignore_end_of_text", "alternatives", "required_phrases", "coverage_penalty")
     BEAMS_FIELD_NUMBER: _ClassVar[int]
     HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +61,7 @@ class GenerationOptions(_message.Message):
     IGNORE_END_OF_TEXT_FIELD_NUMBER: _ClassVar[int]
     ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_PHRASES_FIELD_NUMBER: _ClassVar[int]
+    COVERAGE_PENALTY_FIELD_NUMBER: _ClassVar[int]
     beams: int
     hypotheses: int
     length_penalty: float
@@ -70,7 +80,8 @@ class GenerationOptions(_message.Message):
     ignore_end_of_text: bool
     alternatives: int
     required_phrases: _containers.RepeatedCompositeFieldContainer[Input]
-    def __init__(self, beams: _Optional[int] = ..., hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., no_repeat_ngram: _Optional[int] = ..., token_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., suppressed_tokens: _Optional[_Iterable[int]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_end_of_text: _Optional[bool] = ..., alternatives: _Optional[int] = ..., required_phrases: _Optional[_Iterable[_Union[Input, _Mapping]]] = ...) -> None: ...
+    coverage_penalty: float
+    def __init__(self, beams: _Optional[int] = ..., hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., no_repeat_ngram: _Optional[int] = ..., token_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., suppressed_tokens: _Optional[_Iterable[int]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_end_of_text: _Optional[bool] = ..., alternatives: _Optional[int] = ..., required_phrases: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., coverage_penalty: _Optional[float] = ...) -> None: ...
 
 class TokenBias(_message.Message):
     __slots__ = ("id", "bias")
@@ -94,19 +105,27 @@ class Sampling(_message.Message):
     min_p: float
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_p: _Optional[float] = ...) -> None: ...
 
+class AttentionWeights(_message.Message):
+    __slots__ = ("weights",)
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "inputs", "options", "target_prefix", "return_tokens")
+    __slots__ = ("model", "inputs", "options", "target_prefix", "return_tokens", "return_attention")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     TARGET_PREFIX_FIELD_NUMBER: _ClassVar[int]
     RETURN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_ATTENTION_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     options: GenerationOptions
     target_prefix: str
     return_tokens: bool
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., options: _Optional[_Union[GenerationOptions, _Mapping]] = ..., target_prefix: _Optional[str] = ..., return_tokens: _Optional[bool] = ...) -> None: ...
+    return_attention: Attention
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., options: _Optional[_Union[GenerationOptions, _Mapping]] = ..., target_prefix: _Optional[str] = ..., return_tokens: _Optional[bool] = ..., return_attention: _Optional[_Union[Attention, str]] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("id", "log_probability")
@@ -117,20 +136,24 @@ class Token(_message.Message):
     def __init__(self, id: _Optional[int] = ..., log_probability: _Optional[float] = ...) -> None: ...
 
 class Hypothesis(_message.Message):
-    __slots__ = ("text", "log_probability", "score", "finish_reason", "token_count", "tokens")
+    __slots__ = ("text", "log_probability", "score", "finish_reason", "token_count", "tokens", "alignment", "attention")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ALIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     text: str
     log_probability: float
     score: float
     finish_reason: FinishReason
     token_count: int
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
-    def __init__(self, text: _Optional[str] = ..., log_probability: _Optional[float] = ..., score: _Optional[float] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., token_count: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+    alignment: _containers.RepeatedScalarFieldContainer[int]
+    attention: _containers.RepeatedCompositeFieldContainer[AttentionWeights]
+    def __init__(self, text: _Optional[str] = ..., log_probability: _Optional[float] = ..., score: _Optional[float] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., token_count: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., alignment: _Optional[_Iterable[int]] = ..., attention: _Optional[_Iterable[_Union[AttentionWeights, _Mapping]]] = ...) -> None: ...
 
 class GenerateResult(_message.Message):
     __slots__ = ("hypotheses", "input_token_count", "seed")
@@ -237,24 +260,30 @@ class ScorePair(_message.Message):
     def __init__(self, source: _Optional[_Union[Input, _Mapping]] = ..., target: _Optional[_Union[Input, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("model", "pairs", "return_tokens")
+    __slots__ = ("model", "pairs", "return_tokens", "return_attention")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     RETURN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_ATTENTION_FIELD_NUMBER: _ClassVar[int]
     model: str
     pairs: _containers.RepeatedCompositeFieldContainer[ScorePair]
     return_tokens: bool
-    def __init__(self, model: _Optional[str] = ..., pairs: _Optional[_Iterable[_Union[ScorePair, _Mapping]]] = ..., return_tokens: _Optional[bool] = ...) -> None: ...
+    return_attention: Attention
+    def __init__(self, model: _Optional[str] = ..., pairs: _Optional[_Iterable[_Union[ScorePair, _Mapping]]] = ..., return_tokens: _Optional[bool] = ..., return_attention: _Optional[_Union[Attention, str]] = ...) -> None: ...
 
 class ScoreResult(_message.Message):
-    __slots__ = ("log_probability", "token_count", "tokens")
+    __slots__ = ("log_probability", "token_count", "tokens", "alignment", "attention")
     LOG_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ALIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     log_probability: float
     token_count: int
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
-    def __init__(self, log_probability: _Optional[float] = ..., token_count: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+    alignment: _containers.RepeatedScalarFieldContainer[int]
+    attention: _containers.RepeatedCompositeFieldContainer[AttentionWeights]
+    def __init__(self, log_probability: _Optional[float] = ..., token_count: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., alignment: _Optional[_Iterable[int]] = ..., attention: _Optional[_Iterable[_Union[AttentionWeights, _Mapping]]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("results", "model")
@@ -307,7 +336,7 @@ class Limits(_message.Message):
     def __init__(self, max_inputs: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., max_beams: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "family", "task", "precision", "device", "fingerprint", "parameters", "limits", "default_options", "labels", "parity_certificate", "shortlist_size")
+    __slots__ = ("name", "family", "task", "precision", "device", "fingerprint", "parameters", "limits", "default_options", "labels", "parity_certificate", "shortlist_size", "can_align")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -320,6 +349,7 @@ class Model(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     PARITY_CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     SHORTLIST_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CAN_ALIGN_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     task: str
@@ -332,7 +362,8 @@ class Model(_message.Message):
     labels: _containers.RepeatedScalarFieldContainer[str]
     parity_certificate: str
     shortlist_size: int
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., task: _Optional[str] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., fingerprint: _Optional[str] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_options: _Optional[_Union[GenerationOptions, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., parity_certificate: _Optional[str] = ..., shortlist_size: _Optional[int] = ...) -> None: ...
+    can_align: bool
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., task: _Optional[str] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., fingerprint: _Optional[str] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_options: _Optional[_Union[GenerationOptions, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., parity_certificate: _Optional[str] = ..., shortlist_size: _Optional[int] = ..., can_align: _Optional[bool] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)

@@ -39,7 +39,13 @@ def _build(bundle: Bundle, spec: EngineSpec, settings: SessionSettings) -> Stepp
     runtime = SequenceRuntime(graphs, SequenceShape.from_config(config), rows, settings, shortlist=bundle.shortlist())
     runtime.tune()
     tokenizer = Tokenizer.load(bundle.path("tokenizer.json"))
-    engine = Engine(runtime, start_token=Tokenizer.BOS, end_token=Tokenizer.EOS, text_stream=tokenizer.stream)
+    engine = Engine(
+        runtime,
+        start_token=Tokenizer.BOS,
+        end_token=Tokenizer.EOS,
+        text_stream=tokenizer.stream,
+        align=runtime.align if runtime.can_align else None,
+    )
     for beams in (1, min(4, rows)):
         engine.submit(GenerationRequest(id="warm-up", input_ids=(Tokenizer.EOS,), decoding=Decoding(max_tokens=1, beams=beams)))
         while engine.has_work:

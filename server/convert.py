@@ -10,6 +10,7 @@ from protos import transformer_pb2 as pb
 from server.door import Given
 from server.models import Ability, ServedModel
 from server.requests import (
+    Attention,
     DecodingOptions,
     Encoded,
     Finished,
@@ -25,6 +26,13 @@ _FINISH_REASONS = {
     FinishReason.END_OF_TEXT: pb.FINISH_REASON_END_OF_TEXT,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.STOP: pb.FINISH_REASON_STOP,
+}
+
+
+_ATTENTION: dict[pb.Attention, Attention] = {
+    pb.ATTENTION_UNSPECIFIED: Attention.NONE,
+    pb.ATTENTION_ALIGNMENT: Attention.ALIGNMENT,
+    pb.ATTENTION_WEIGHTS: Attention.WEIGHTS,
 }
 
 
@@ -56,6 +64,7 @@ def decoding_options(message: pb.GenerationOptions) -> DecodingOptions:
         beams=message.beams if message.HasField("beams") else None,
         hypotheses=message.hypotheses if message.HasField("hypotheses") else None,
         length_penalty=_decimal(message.length_penalty) if message.HasField("length_penalty") else None,
+        coverage_penalty=_decimal(message.coverage_penalty) if message.HasField("coverage_penalty") else None,
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         min_tokens=message.min_tokens if message.HasField("min_tokens") else None,
         patience=_decimal(message.patience) if message.HasField("patience") else None,
@@ -72,6 +81,11 @@ def decoding_options(message: pb.GenerationOptions) -> DecodingOptions:
         alternatives=message.alternatives if message.HasField("alternatives") else None,
         required_phrases=tuple(given_input(phrase) for phrase in message.required_phrases),
     )
+
+
+def attention(value: pb.Attention) -> Attention | None:
+    """None for a number that is no member."""
+    return _ATTENTION.get(value)
 
 
 def _decimal(value: float) -> float:
@@ -106,6 +120,8 @@ def _hypothesis(hypothesis: Hypothesis, request: GenerationRequest, tokenizer: T
         finish_reason=_FINISH_REASONS[hypothesis.finish_reason],
         token_count=len(hypothesis.tokens),
         tokens=_tokens(hypothesis.tokens, hypothesis.log_probabilities) if return_tokens else (),
+        alignment=hypothesis.alignment,
+        attention=[pb.AttentionWeights(weights=weights) for weights in hypothesis.attention],
     )
 
 
@@ -123,6 +139,8 @@ def score_result(finished: Finished, *, return_tokens: bool) -> pb.ScoreResult:
         log_probability=scored.log_probability,
         token_count=len(scored.tokens),
         tokens=_tokens(scored.tokens, scored.log_probabilities) if return_tokens else (),
+        alignment=scored.alignment,
+        attention=[pb.AttentionWeights(weights=weights) for weights in scored.attention],
     )
 
 
@@ -175,6 +193,7 @@ def model_message(model: ServedModel) -> pb.Model:
         labels=model.labels,
         parity_certificate=model.certificate,
         shortlist_size=len(model.shortlist or ()),
+        can_align=model.can_align,
     )
 
 

@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 
 from server.constraints import RequiredPhrases
 from server.models import ServedModel
-from server.requests import Decoding, DecodingOptions, EncodingRequest, GenerationRequest
+from server.requests import Attention, Decoding, DecodingOptions, EncodingRequest, GenerationRequest
 from server.validation import (
     MAX_PHRASE_TOKENS,
     MAX_PHRASES,
     Complaints,
+    check_attention,
     check_count,
     check_decoding,
     check_ids,
     check_phrase,
     check_text,
+    check_weights,
     check_writable,
     fit_to_context,
 )
@@ -59,9 +61,20 @@ class Door:
         self._numbers = itertools.count(1)
 
     async def check_generation(
-        self, call_id: str, inputs: Sequence[Given], options: DecodingOptions, *, target_prefix: str = "", stream: bool = False
+        self,
+        call_id: str,
+        inputs: Sequence[Given],
+        options: DecodingOptions,
+        *,
+        target_prefix: str = "",
+        stream: bool = False,
+        attention: Attention | None = Attention.NONE,
     ) -> list[GenerationRequest]:
-        """One request for each input. Raises InvalidRequest."""
+        """One request for each input. Raises InvalidRequest.
+
+        Args:
+            attention: None for what the caller wrote where it is nothing that is known.
+        """
         check_count(len(inputs), self._limits, "inputs")
         complaints = Complaints()
         named = self._check_texts("inputs[{}]", inputs, complaints)
@@ -75,6 +88,7 @@ class Door:
             end_token=self._tokenizer.EOS,
             random_seed=secrets.randbits(53),
         )
+        check_attention(attention, decoding, self._model.can_align, "return_attention", complaints)
         if target_prefix and not self._has_encoder:
             complaints.refuse("target_prefix", f"must be empty for a {self._model.family} model: write it in the input")
         elif target_prefix:
@@ -100,7 +114,18 @@ class Door:
                 asked = options.max_tokens is not None
                 own = fit_to_context(own, len(ids), self._limits, one.field, complaints, asked=asked)
             request_id = self._request_id(call_id)
-            requests.append(GenerationRequest(id=request_id, input_ids=ids, decoding=own, forced=forced, stream=stream))
+            requests.append(
+                GenerationRequest(
+                    id=request_id,
+                    input_ids=ids,
+                    decoding=own,
+                    forced=forced,
+                    stream=stream,
+                    attention=attention or Attention.NONE,
+                )
+            )
+        outputs = max(decoding.hypotheses, decoding.alternatives)
+        check_weights([(outputs * len(ids), decoding.max_tokens) for ids in all_ids], attention, "return_attention", complaints)
         if phrases and not complaints.violations:
             need, room = _tokens_needed(requests[0]), min(request.decoding.max_tokens for request in requests) - len(forced)
             if need > room:
@@ -110,12 +135,15 @@ class Door:
         complaints.close()
         return requests
 
-    async def check_scoring(self, call_id: str, pairs: Sequence[tuple[Given, Given]]) -> list[GenerationRequest]:
+    async def check_scoring(
+        self, call_id: str, pairs: Sequence[tuple[Given, Given]], *, attention: Attention | None = Attention.NONE
+    ) -> list[GenerationRequest]:
         """One request for each (source, target), which is all forced. Raises InvalidRequest."""
         check_count(len(pairs), self._limits, "pairs")
         complaints = Complaints()
         sources = self._check_texts("pairs[{}].source", [source for source, _ in pairs], complaints)
         targets = self._check_texts("pairs[{}].target", [target for _, target in pairs], complaints)
+        check_attention(attention, Decoding(max_tokens=1), self._model.can_align, "return_attention", complaints)
         complaints.close()
 
         all_source_ids = await self._encode(sources, self._encode_input)
@@ -129,9 +157,16 @@ class Door:
             decoding = Decoding(max_tokens=max(1, len(forced)))
             requests.append(
                 GenerationRequest(
-                    id=self._request_id(call_id), input_ids=ids, decoding=decoding, forced=forced, forced_only=True
+                    id=self._request_id(call_id),
+                    input_ids=ids,
+                    decoding=decoding,
+                    forced=forced,
+                    forced_only=True,
+                    attention=attention or Attention.NONE,
                 )
             )
+        lengths = [(len(request.input_ids), len(request.forced)) for request in requests]
+        check_weights(lengths, attention, "return_attention", complaints)
         complaints.close()
         return requests
 

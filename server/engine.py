@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
+from server.alignment import Align, Aligner
 from server.groups import Group, GroupTable
 from server.hypotheses import Hypotheses
 from server.kv_cache import Rows, RowTable
@@ -59,6 +60,7 @@ class Engine:
         start_token, end_token: begin and end of a target.
         join_tokens: input tokens that one step may encode or prefill.
         text_stream: begins the text of an output; needed by requests with stop strings.
+        align: finds where the decoder looked; needed by requests that ask for attention or a coverage penalty.
         clock: seconds, monotonic.
     """
 
@@ -70,6 +72,7 @@ class Engine:
         end_token: int,
         join_tokens: int = 512,
         text_stream: Callable[[], TextStream] | None = None,
+        align: Align | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model
@@ -85,7 +88,8 @@ class Engine:
         self._events: list[Addressed] = []
         self._work = _StepWork()
         self._wasted_tokens = 0
-        self._next = NextTokens(model, self.hypotheses, self.groups, end_token, self._emit)
+        aligner = Aligner(align, start_token) if align else None
+        self._next = NextTokens(model, self.hypotheses, self.groups, end_token, self._emit, aligner)
 
     @property
     def has_work(self) -> bool:

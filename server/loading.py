@@ -104,6 +104,7 @@ def _describe(
         labels=labels,
         certificate=json.dumps(manifest.certificate[precision], ensure_ascii=False),
         vocab_size=manifest.model["vocab_size"],
+        can_align=f"{precision}/align.onnx" in manifest.files,
         shortlist=None if (shortlist := bundle.shortlist()) is None else frozenset(shortlist),
         tokenizer=tokenizer,
         engine=_make_engine(

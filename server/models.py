@@ -49,6 +49,8 @@ class ServedModel:
     vocab_size: int
     shortlist: frozenset[int] | None = None
     """The only tokens that outputs may contain; None: all of the vocabulary."""
+    can_align: bool = False
+    """Whether the bundle has the graph that finds where the decoder looked."""
     tokenizer: Tokenizer
     engine: EngineClient
 

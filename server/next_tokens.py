@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.adjusted import AdjustedRows
+from server.alignment import Aligner
 from server.beam import agreed_length, beam_step
 from server.groups import Group, GroupTable
 from server.hypotheses import Hypotheses
 from server.kv_cache import Rows
 from server.progress import Progress
-from server.requests import Event, Failed, Failure, Finished, FinishReason, TokensReady
+from server.requests import Attention, Event, Failed, Failure, Finished, FinishReason, Hypothesis, TokensReady
 from server.sampling import draw, forbid, most_probable, nth_possible
 from server.sequence_model import Candidates, SequenceModel
 
@@ -26,6 +27,7 @@ class NextTokens:
 
     Args:
         emit: told (request id, event), in order.
+        aligner: for requests that ask where the decoder looked.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class NextTokens:
         groups: GroupTable,
         end_token: int,
         emit: Callable[[str, Event], None],
+        aligner: Aligner | None = None,
     ) -> None:
         self.model, self.hypotheses, self.groups = model, hypotheses, groups
-        self.end_token, self.emit = end_token, emit
+        self.end_token, self.emit, self._aligner = end_token, emit, aligner
         self._adjusted = AdjustedRows(model, hypotheses, groups, end_token)
         self._progress = Progress(hypotheses, groups)
         self._every_row = np.arange(len(hypotheses.group))
@@ -285,8 +288,10 @@ class NextTokens:
         h = self.hypotheses
         contenders = h.tokens[live, : h.length[live[0]]]
         agreed = agreed_length(contenders, group.sent)
-        if group.finished:
-            best = max(group.finished.values(), key=lambda f: f.score).tokens
+        ended = list(group.finished.values())
+        if ended and not group.request.decoding.coverage_penalty:  # with it, the best one is known at the end
+            ended = [max(ended, key=lambda f: f.score)]
+        for best in (hypothesis.tokens for hypothesis in ended):
             while agreed > group.sent and tuple(contenders[0, group.sent : agreed]) != best[group.sent : agreed]:
                 agreed -= 1
         if agreed > group.sent:
@@ -296,7 +301,7 @@ class NextTokens:
             group.sent = agreed
 
     def _finish(self, group: Group) -> None:
-        results = group.results()
+        results = self._results(group)
         if group.request.stream and group.is_beam and group.sent < len(results[0].tokens):
             rest = slice(group.sent, None)
             ready = TokensReady(group.alternative, results[0].tokens[rest], results[0].log_probabilities[rest])
@@ -308,6 +313,17 @@ class NextTokens:
             results = tuple(family.results[i] for i in sorted(family.results))
         if not family.live:
             self.emit(group.request.id, Finished(results))
+
+    def _results(self, group: Group) -> tuple[Hypothesis, ...]:
+        request = group.request
+        if request.decoding.coverage_penalty:  # ranks all that have ended
+            assert self._aligner is not None
+            group.finished = dict(enumerate(self._aligner.complete(list(group.finished.values()), request)))
+            return group.results()
+        if request.attention is not Attention.NONE:
+            assert self._aligner is not None
+            return tuple(self._aligner.complete(group.results(), request))
+        return group.results()
 
     def _fail_broken(self, broken: NDArray[np.bool_]) -> Rows:
         """Rows whose scores are not numbers fail alone, with their request; their neighbours go on."""

@@ -95,6 +95,8 @@ class Decoding:
     hypotheses: int = 1
     """Hypotheses returned; with sampling, the number of independent samples."""
     length_penalty: float = 1.0
+    coverage_penalty: float = 0.0
+    """Times the coverage of Wu et al. 2016, equation 14, is added to the score of a hypothesis; under beam search."""
     patience: float = 1.0
     sampling: Sampling | None = None
     adjustments: Adjustments = Adjustments()
@@ -114,6 +116,15 @@ class Decoding:
         return max(1, self.alternatives) * (self.hypotheses if self.sampling else self.beams)
 
 
+class Attention(Enum):
+    """What a caller is told of where the decoder looked in the source."""
+
+    NONE = "none"
+    ALIGNMENT = "alignment"
+    WEIGHTS = "weights"
+    """The alignment, and the weights that it comes from."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One input, checked. A call with several inputs becomes several of these."""
@@ -128,6 +139,7 @@ class GenerationRequest:
     """End when the forced tokens are consumed: scoring rather than generating."""
     stream: bool = False
     """Report tokens as they become final, not only the result."""
+    attention: Attention = Attention.NONE
 
     @property
     def quiet(self) -> int:
@@ -159,8 +171,13 @@ class Hypothesis:
     log_probability: float
     """Their sum."""
     score: float
-    """What hypotheses are ranked by: the sum of their adjusted log-probabilities / len(tokens) ** length_penalty."""
+    """What hypotheses are ranked by: the sum of their adjusted log-probabilities / len(tokens) ** length_penalty, and the
+    coverage penalty."""
     finish_reason: FinishReason
+    alignment: tuple[int, ...] = ()
+    """For each token the position in the source that the decoder looked at most; empty unless asked for."""
+    attention: tuple[tuple[float, ...], ...] = ()
+    """For each token the weights of all source positions; empty unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +255,7 @@ class DecodingOptions:
     beams: int | None = None
     hypotheses: int | None = None
     length_penalty: float | None = None
+    coverage_penalty: float | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     patience: float | None = None

@@ -106,6 +106,8 @@ class SequenceRuntime:
         self._device = settings.device
         self._decode = open_session(graphs / "decode.onnx", settings)
         self._encode = open_session(graphs / "encode.onnx", settings) if shape.has_encoder else None
+        align = graphs / "align.onnx"
+        self._align = open_session(align, settings) if align.exists() else None
         (self._logits_width,) = (o.shape[1] for o in self._decode.get_outputs() if o.name == "logits")
         self._device_memory = self._open_device() if settings.device == "cuda" else None
         self._caches = caches or self._make_caches()
@@ -233,6 +235,21 @@ class SequenceRuntime:
         whole = np.full((len(rows), self.shape.vocab_size), -np.inf, np.float32)
         whole[:, self._shortlist] = logits
         return whole
+
+    @property
+    def can_align(self) -> bool:
+        return self._align is not None
+
+    def align(self, source: Sequence[int], outputs: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Where the decoder looked in ``source``, [T, S], having read the first 1, 2, ... T tokens of each of ``outputs``."""
+        assert self._encode is not None
+        assert self._align is not None
+        padded, lengths = _pad([source])
+        (cross,) = self._encode.run(None, {"source": padded, "last": lengths - 1, "total": np.array(len(source), np.int32)})
+        tokens, lengths = _pad(outputs)
+        inputs = {"tokens": tokens, "last": lengths - 1, "total": np.array(tokens.shape[1], np.int32), "cross": cross}
+        (weights,) = self._align.run(None, inputs)
+        return [rows[:length] for rows, length in zip(weights, lengths.tolist(), strict=True)]
 
     def branch(self, source: Rows, target: Rows, start: NDArray[np.intp], stop: NDArray[np.intp]) -> None:
         self._caches.branch(source, target, start, stop)

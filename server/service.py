@@ -120,7 +120,8 @@ class TransformerService(transformer_pb2_grpc.TransformerServicer):
     async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> pb.ScoreResponse:
         place = self._place(request.model, Ability.SCORE)
         pairs = [(convert.given_input(pair.source), convert.given_input(pair.target)) for pair in request.pairs]
-        requests = await place.door.check_scoring(current_call.get().request_id, pairs)
+        asked = convert.attention(request.return_attention)
+        requests = await place.door.check_scoring(current_call.get().request_id, pairs, attention=asked)
         results = await self._run(place, requests, Finished)
         return pb.ScoreResponse(
             results=(convert.score_result(finished, return_tokens=request.return_tokens) for finished in results),
@@ -155,6 +156,7 @@ class TransformerService(transformer_pb2_grpc.TransformerServicer):
             convert.decoding_options(request.options),
             target_prefix=request.target_prefix,
             stream=stream,
+            attention=convert.attention(request.return_attention),
         )
 
     async def _check_encoding(self, place: _Place, inputs: Iterable[pb.Input]) -> list[EncodingRequest]:

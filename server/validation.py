@@ -10,6 +10,7 @@ from typing import TypeVar
 from server.requests import (
     MAX_STOP_TOKENS,
     Adjustments,
+    Attention,
     Decoding,
     DecodingOptions,
     GenerationDefaults,
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 _MAX_LENGTH_PENALTY = 10.0
 _MAX_PATIENCE = 10.0
+_MAX_COVERAGE_PENALTY = 10.0
+_MAX_WEIGHTS = 2**18
+"""Attention weights that one call may ask for: a megabyte."""
 _TEMPERATURES = (0.01, 100.0)
 _REPETITION_PENALTIES = (0.01, 100.0)
 _PENALTIES = (-2.0, 2.0)
@@ -31,6 +35,7 @@ _BIASES = (-100.0, 100.0)
 _MAX_LISTED_TOKENS = 1024
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_BYTES = 256
+_COVERAGE = "options.coverage_penalty"
 MAX_PHRASES = 16
 MAX_PHRASE_TOKENS = 64
 """Of all required phrases together."""
@@ -141,6 +146,9 @@ def check_decoding(
     if alternatives and options.hypotheses not in (None, 1):
         complaints.refuse("options.hypotheses", f"must be 1 (or absent) with alternatives, not {options.hypotheses}")
         max_hypotheses = options.hypotheses or 1
+    coverage_penalty = complaints.real(_COVERAGE, _given(options.coverage_penalty, 0.0), 0.0, _MAX_COVERAGE_PENALTY)
+    if coverage_penalty and beams < 2:
+        complaints.refuse(_COVERAGE, "ranks hypotheses of a beam search: needs beams of at least 2")
     if options.required_phrases:
         _check_constrained_search(options, beams, complaints)
     if all(token in may_not_come for token in writable):
@@ -151,6 +159,7 @@ def check_decoding(
         beams=beams,
         hypotheses=complaints.whole("options.hypotheses", _given(options.hypotheses, 1), 1, max_hypotheses),
         length_penalty=complaints.real("options.length_penalty", length_penalty, 0.0, _MAX_LENGTH_PENALTY),
+        coverage_penalty=coverage_penalty,
         patience=complaints.real("options.patience", _given(options.patience, 1.0), 0.0, _MAX_PATIENCE, above=True),
         sampling=sampling,
         adjustments=adjustments,
@@ -181,6 +190,24 @@ def check_phrase(
     never = {end_token, *decoding.stop_tokens, *decoding.adjustments.suppressed_tokens}
     if barred := [token for token in phrase if token in never]:
         complaints.refuse(where, f"contains token {barred[0]}, which is suppressed or ends an output")
+
+
+def check_attention(
+    attention: Attention | None, decoding: Decoding, can_align: bool, where: str, complaints: Complaints
+) -> None:
+    """What is asked of the attention: a number that is no Attention, or a model that cannot tell."""
+    if attention is None:
+        complaints.refuse(where, "must be ALIGNMENT or WEIGHTS, or absent")
+    for asked, field in ((attention not in (None, Attention.NONE), where), (decoding.coverage_penalty > 0, _COVERAGE)):
+        if asked and not can_align:
+            complaints.refuse(field, "needs an encoder-decoder that was exported with --alignment, which this model is not")
+
+
+def check_weights(outputs: Sequence[tuple[int, int]], attention: Attention | None, where: str, complaints: Complaints) -> None:
+    """Args: outputs: of all outputs of a call, source tokens and longest output."""
+    count = sum(source * output for source, output in outputs)
+    if attention is Attention.WEIGHTS and count > _MAX_WEIGHTS:
+        complaints.refuse(where, f"may need {count} weights, more than the limit of {_MAX_WEIGHTS}: lower max_tokens")
 
 
 def _check_adjustments(

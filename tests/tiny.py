@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from export.graphs import graph_modules
 from export.quantize import observe, quantize
@@ -148,14 +149,33 @@ def graphs(config: ModelConfig, seed: int = 0, precision: str = "fp32", shortlis
     """The folder of the model's exported graphs; int8 takes its scales from random texts."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-graphs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _trace(graph_modules(_observed(config, seed, precision), precision, shortlist), config, folder, precision)
+    return folder
+
+
+@functools.cache
+def graphs_with_alignment(config: ModelConfig, precision: str = "fp32") -> Path:
+    """``graphs``, and the one that finds where the decoder looked."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-graphs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(graphs(config, precision=precision), folder, dirs_exist_ok=True)
+    modules = graph_modules(_observed(config, 0, precision), precision, alignment=True)
+    _trace({"align": modules["align"]}, config, folder, precision)
+    return folder
+
+
+def _observed(config: ModelConfig, seed: int, precision: str) -> Transformer:
     network = copy.deepcopy(model(config, seed))
     if precision == "int8":
         observe(network, lambda: _run_random_texts(network))
-    for name, module in graph_modules(network, precision, shortlist).items():
+    return network
+
+
+def _trace(modules: dict[str, nn.Module], config: ModelConfig, folder: Path, precision: str) -> None:
+    for name, module in modules.items():
         if precision == "int8":
             quantize(module)
         trace(module, config, folder / f"{name}.onnx", precision)
-    return folder
 
 
 def _run_random_texts(network: Transformer) -> None:

@@ -26,6 +26,13 @@ Hypotheses = Annotated[int | None, typer.Option(help="Hypotheses (or samples) fo
 MaxTokens = Annotated[int | None, typer.Option(help="Longest output in tokens.", show_default="model's own")]
 MinTokens = Annotated[int | None, typer.Option(help="Shortest output in tokens.", show_default="0")]
 LengthPenalty = Annotated[float | None, typer.Option(help="Exponent of the length penalty.", show_default="model's own")]
+CoveragePenalty = Annotated[
+    float | None,
+    typer.Option(help="Prefers hypotheses that leave nothing of the source out; needs beams.", show_default="0"),
+]
+ShowAlignment = Annotated[
+    bool, typer.Option("--alignment", help="Show after each output the source token of each of its tokens: source-output.")
+]
 Temperature = Annotated[float | None, typer.Option(help="Draw at random, logits divided by this.", show_default=False)]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.", show_default=False)]
 TopP = Annotated[float | None, typer.Option(help="Draw from the tokens that hold this probability.", show_default=False)]
@@ -110,6 +117,7 @@ def generate(
     max_tokens: MaxTokens = None,
     min_tokens: MinTokens = None,
     length_penalty: LengthPenalty = None,
+    coverage_penalty: CoveragePenalty = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -127,6 +135,7 @@ def generate(
     require: Require = [],  # noqa: B006
     alternatives: Alternatives = None,
     prefix: Prefix = "",
+    alignment: ShowAlignment = False,
     json: Json = False,
 ) -> None:
     """Prints what the model writes; with several hypotheses or alternatives, each with its probability."""
@@ -136,6 +145,7 @@ def generate(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         length_penalty=length_penalty,
+        coverage_penalty=coverage_penalty,
         sampling=_sampling(temperature, top_k, top_p, min_p, seed),
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
@@ -150,7 +160,9 @@ def generate(
         alternatives=alternatives,
     )
     with _client(context) as client:
-        results = client.generate(texts, options, target_prefix=prefix, return_tokens=json)
+        results = client.generate(
+            texts, options, target_prefix=prefix, return_tokens=json, attention="alignment" if alignment else ""
+        )
     typer.echo(show.as_json(results) if json else show.generations(results, every=(hypotheses or alternatives) is not None))
 
 
@@ -162,6 +174,7 @@ def stream(
     max_tokens: MaxTokens = None,
     min_tokens: MinTokens = None,
     length_penalty: LengthPenalty = None,
+    coverage_penalty: CoveragePenalty = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -186,6 +199,7 @@ def stream(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         length_penalty=length_penalty,
+        coverage_penalty=coverage_penalty,
         sampling=_sampling(temperature, top_k, top_p, min_p, seed),
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,

@@ -19,6 +19,7 @@ from server.client.channel import SERVICE, call_metadata, channel_options, check
 from server.client.errors import CallError
 from server.client.resumption import Resumption, reproducible
 from server.client.types import (
+    Attention,
     Classification,
     Embedding,
     Generation,
@@ -81,10 +82,11 @@ class TransformerClient:
         *,
         target_prefix: str = "",
         return_tokens: bool = False,
+        attention: Attention = "",
         request_id: str = "",
     ) -> tuple[Generation, ...]:
         """One result for each input, in order."""
-        request = messages.generate_request(self._model, inputs, options, target_prefix, return_tokens)
+        request = messages.generate_request(self._model, inputs, options, target_prefix, return_tokens, attention)
         response = await self._call(self._stub.Generate, request, request_id)
         return tuple(map(messages.generation, response.results))
 
@@ -95,13 +97,14 @@ class TransformerClient:
         *,
         target_prefix: str = "",
         return_tokens: bool = False,
+        attention: Attention = "",
         request_id: str = "",
     ) -> AsyncIterator[StreamedText | StreamedGeneration]:
         """Text of all inputs as it becomes final, and each input's whole result at its end. Leaving early cancels the call.
 
         A stream that breaks because its server goes away is taken up again elsewhere, without a gap and without a repetition.
         """
-        request = messages.generate_request(self._model, inputs, reproducible(options), target_prefix, return_tokens)
+        request = messages.generate_request(self._model, inputs, reproducible(options), target_prefix, return_tokens, attention)
         deadline = time.monotonic() + self._timeout
         resumption = Resumption(deadline)
         while True:
@@ -129,10 +132,15 @@ class TransformerClient:
         return tuple(map(messages.embedding, response.results))
 
     async def score(
-        self, pairs: Sequence[tuple[Input, Input]], *, return_tokens: bool = False, request_id: str = ""
+        self,
+        pairs: Sequence[tuple[Input, Input]],
+        *,
+        return_tokens: bool = False,
+        attention: Attention = "",
+        request_id: str = "",
     ) -> tuple[Score, ...]:
         """How probable the model finds each (source, target)."""
-        request = messages.score_request(self._model, pairs, return_tokens)
+        request = messages.score_request(self._model, pairs, return_tokens, attention)
         response = await self._call(self._stub.Score, request, request_id)
         return tuple(map(messages.score, response.results))
 

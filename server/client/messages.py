@@ -10,6 +10,7 @@ import grpc
 from protos import transformer_pb2 as pb
 from server.client.errors import CallError, FieldViolation
 from server.client.types import (
+    Attention,
     Classification,
     ClassProbability,
     Embedding,
@@ -33,6 +34,11 @@ _BUILT = ("sampling", "token_bias", "required_phrases")
 """The options that are messages of their own."""
 _DEFAULTS = ("beams", "hypotheses", "length_penalty", "max_tokens", "min_tokens", "patience")
 """The options of which a model tells what absent ones become."""
+_ATTENTION: dict[Attention, pb.Attention] = {
+    "": pb.ATTENTION_UNSPECIFIED,
+    "alignment": pb.ATTENTION_ALIGNMENT,
+    "weights": pb.ATTENTION_WEIGHTS,
+}
 _FINISH_REASONS = {
     pb.FINISH_REASON_END_OF_TEXT: "end_of_text",
     pb.FINISH_REASON_LENGTH: "length",
@@ -44,7 +50,12 @@ _FINISH_REASONS = {
 
 
 def generate_request(
-    model: str, inputs: Sequence[Input], options: Options | None, target_prefix: str, return_tokens: bool
+    model: str,
+    inputs: Sequence[Input],
+    options: Options | None,
+    target_prefix: str,
+    return_tokens: bool,
+    attention: Attention,
 ) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         model=_text(model, "model"),
@@ -52,10 +63,13 @@ def generate_request(
         options=_options(options) if options else None,
         target_prefix=_text(target_prefix, "target_prefix"),
         return_tokens=return_tokens,
+        return_attention=_ATTENTION[attention],
     )
 
 
-def score_request(model: str, pairs: Sequence[tuple[Input, Input]], return_tokens: bool) -> pb.ScoreRequest:
+def score_request(
+    model: str, pairs: Sequence[tuple[Input, Input]], return_tokens: bool, attention: Attention
+) -> pb.ScoreRequest:
     return pb.ScoreRequest(
         model=_text(model, "model"),
         pairs=[
@@ -63,6 +77,7 @@ def score_request(model: str, pairs: Sequence[tuple[Input, Input]], return_token
             for i, (source, target) in enumerate(pairs)
         ],
         return_tokens=return_tokens,
+        return_attention=_ATTENTION[attention],
     )
 
 
@@ -135,6 +150,8 @@ def generation(message: pb.GenerateResult) -> Generation:
                 finish_reason=_FINISH_REASONS.get(h.finish_reason, "unknown"),
                 token_count=h.token_count,
                 tokens=_tokens(h.tokens),
+                alignment=tuple(h.alignment),
+                attention=_attention(h.attention),
             )
             for h in message.hypotheses
         ),
@@ -162,7 +179,13 @@ def embedding(message: pb.EmbedResult) -> Embedding:
 
 
 def score(message: pb.ScoreResult) -> Score:
-    return Score(log_probability=message.log_probability, token_count=message.token_count, tokens=_tokens(message.tokens))
+    return Score(
+        log_probability=message.log_probability,
+        token_count=message.token_count,
+        tokens=_tokens(message.tokens),
+        alignment=tuple(message.alignment),
+        attention=_attention(message.attention),
+    )
 
 
 def tokenization(message: pb.Tokenization) -> Tokenization:
@@ -183,8 +206,13 @@ def model_info(message: pb.Model) -> ModelInfo:
         default_options=Options(**{name: getattr(defaults, name) for name in _DEFAULTS if defaults.HasField(name)}),
         labels=tuple(message.labels),
         parity_certificate=message.parity_certificate,
+        can_align=message.can_align,
         shortlist_size=message.shortlist_size,
     )
+
+
+def _attention(rows: Iterable[pb.AttentionWeights]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row.weights) for row in rows)
 
 
 def _tokens(messages: Iterable[pb.Token]) -> tuple[Token, ...]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from server.client.types import Classification, Embedding, Generation, ModelInfo, Score, Tokenization
+from server.client.types import Classification, Embedding, Generation, Hypothesis, ModelInfo, Score, Tokenization
 
 
 def as_json(results: Sequence[object]) -> str:
@@ -15,10 +15,19 @@ def as_json(results: Sequence[object]) -> str:
 
 
 def generations(results: Sequence[Generation], *, every: bool) -> str:
-    """The best text of each input; with ``every``, all hypotheses with their probabilities, an empty line between inputs."""
+    """The best text of each input; with ``every``, all hypotheses with their probabilities, an empty line between inputs.
+
+    An alignment follows its text as fast_align writes it: source-output, counted from 0.
+    """
     if not every:
-        return "\n".join(result.text for result in results)
-    return "\n\n".join("\n".join(f"{h.probability:.4f}  {h.text}" for h in result.hypotheses) for result in results)
+        return "\n".join(_output(result.hypotheses[0]) for result in results)
+    return "\n\n".join("\n".join(f"{h.probability:.4f}  {_output(h)}" for h in result.hypotheses) for result in results)
+
+
+def _output(hypothesis: Hypothesis) -> str:
+    if not hypothesis.alignment:
+        return hypothesis.text
+    return f"{hypothesis.text} ||| {' '.join(f'{source}-{i}' for i, source in enumerate(hypothesis.alignment))}"
 
 
 def classifications(results: Sequence[Classification]) -> str:

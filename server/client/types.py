@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 Input = str | Sequence[int]
 """A text, or token ids of the model's vocabulary."""
+Attention = Literal["", "alignment", "weights"]
+"""What is returned of where the decoder looked: nothing; for each output token the source token that it looked at most; that,
+and the weights of all source tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,8 @@ class Options:
     beams: int | None = None
     hypotheses: int | None = None
     length_penalty: float | None = None
+    coverage_penalty: float | None = None
+    """Prefers hypotheses that leave nothing of the source out; needs a beam search."""
     max_tokens: int | None = None
     min_tokens: int | None = None
     patience: float | None = None
@@ -67,6 +73,10 @@ class Hypothesis:
     token_count: int
     tokens: tuple[Token, ...]
     """Empty unless asked for."""
+    alignment: tuple[int, ...] = ()
+    """For each output token a position in the source; empty unless asked for."""
+    attention: tuple[tuple[float, ...], ...] = ()
+    """For each output token the weights of all source tokens; empty unless asked for."""
 
     @property
     def probability(self) -> float:
@@ -137,6 +147,10 @@ class Score:
     token_count: int
     tokens: tuple[Token, ...]
     """Empty unless asked for."""
+    alignment: tuple[int, ...] = ()
+    """For each output token a position in the source; empty unless asked for."""
+    attention: tuple[tuple[float, ...], ...] = ()
+    """For each output token the weights of all source tokens; empty unless asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,5 +182,7 @@ class ModelInfo:
     labels: tuple[str, ...]
     parity_certificate: str
     """JSON."""
+    can_align: bool
+    """Whether attention and a coverage penalty may be asked for."""
     shortlist_size: int
     """Above 0: outputs contain only so many of the vocabulary's tokens."""

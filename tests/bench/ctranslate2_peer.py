@@ -1,12 +1,14 @@
 """CTranslate2 on our own weights: a ``Transformer`` becomes one of its model directories through its specification classes.
 
 Asked with ``return_end_token=True`` and ``min_decoding_length=0`` it writes what the reference decoder writes: then the end of
-a text counts for its length penalty, and the first token may end the text. Two differences remain:
+a text counts for its length penalty, and the first token may end the text. Three differences remain:
 
 - At the length limit it collects the best unfinished hypotheses beside those that end there, whatever their number; the
   reference decoder does so only while fewer than ``beams`` have ended.
 - A minimum length takes the end-of-text token out before the softmax, so that the other tokens share its probability; the
   reference decoder takes it out afterwards, and scores stay those of the model. Greedy texts are the same.
+- In a batch of sources of different lengths, the attention that it returns and the coverage penalty that it computes from it
+  depend on the neighbours. With ``max_batch_size=1`` they are the reference decoder's.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def convert(model: Transformer, folder: Path, precision: str = "fp32") -> Path:
         raise NotConvertible(f"CTranslate2 cannot take this model: {', '.join(found)}")
     activation = {"relu": common_spec.Activation.RELU, "gelu": common_spec.Activation.GELU}[config.activation]
     layers = config.encoder_layers, config.decoder_layers
-    spec = TransformerSpec.from_config(layers, config.heads, pre_norm=config.norm == "pre", activation=activation)
+    spec = TransformerSpec.from_config(
+        layers, config.heads, pre_norm=config.norm == "pre", activation=activation, alignment_heads=config.heads
+    )
     _embedding(spec.encoder, spec.encoder.embeddings[0], model.encoder_embedding, model.embedding)
     _embedding(spec.decoder, spec.decoder.embeddings, model.decoder_embedding, model.target_embedding_weight)
     spec.decoder.projection.weight = _array(model.output_weight)

@@ -19,10 +19,17 @@ from export.bundle import FORMAT_VERSION, BundleError, Manifest, describe_files,
 FILES = {"tokenizer.json": b"{}", "fp32/decode.onnx": b"decode" * 50, "fp32/encode.onnx": b"encode" * 50}
 CERTIFICATE: dict[str, Any] = {
     "passed": True,
-    "thresholds": {"max_logit_difference": 1e-4, "identical_tokens": 0.999, "metric_loss": 0.1, "shortlist_loss": 0.1},
+    "thresholds": {
+        "max_logit_difference": 1e-4,
+        "identical_tokens": 0.999,
+        "metric_loss": 0.1,
+        "shortlist_loss": 0.1,
+        "max_weight_difference": 0.1,
+    },
     "stages": [{"stage": "onnx fp32", "max_logit_difference": 1e-6, "identical_tokens": 1.0}],
     "metric": {"name": "bleu", "loss": 0.0},
     "shortlist": {},
+    "alignment": {},
 }
 
 
@@ -294,6 +301,9 @@ def test_no_bytes_bring_the_reader_down(tmp_path_factory: pytest.TempPathFactory
         {"shortlist": {"loss": 0.2}},
         {"shortlist": {"loss": float("nan")}},
         {"shortlist": {"tokens": 3}},
+        {"alignment": {"max_weight_difference": 0.2}},
+        {"alignment": {"max_weight_difference": float("nan")}},
+        {"alignment": {"positions": 3}},
     ],
     ids=str,
 )
