@@ -9,6 +9,7 @@ from server.client.asynchronous import TransformerClient
 from server.client.errors import CallError, FieldViolation
 from server.client.synchronous import SyncTransformerClient
 from server.client.types import (
+    Attention,
     Classification,
     ClassProbability,
     Embedding,
@@ -26,6 +27,7 @@ from server.client.types import (
 )
 
 __all__ = [
+    "Attention",
     "CallError",
     "ClassProbability",
     "Classification",
