@@ -18,6 +18,7 @@ from export.graph_runner import BOS, SequenceGraphs
 from export.shortlist import find_shortlist, restrict, shortlist_cost
 from model.checkpoint import RunError, load_run
 from model.config import ModelConfig
+from model.data import read_lines
 from model.decode import greedy
 from model.train import train
 from tests import tiny
@@ -92,11 +93,19 @@ def test_restricting_leaves_the_model_as_it_was() -> None:
 
 def test_it_holds_what_targets_show_often_enough_and_all_that_spells(trained: Path) -> None:
     run = load_run(trained)
-    pieces = [set(run.tokenizer.pieces(find_shortlist(trained, run, least))) for least in (1, 150)]
-    assert {"hund", "<s>", "</s>", "<unk>", "<pad>", "x", "Ń"} <= pieces[0], "bytes that the corpus does not have, too"
-    assert "dog" in run.tokenizer.pieces(range(run.config.vocab_size))
-    assert "dog" not in pieces[0], "a word of the sources"
-    assert pieces[1] < pieces[0]
+    every, often = (set(find_shortlist(trained, run, least)) for least in (1, 150))
+    sources, targets = (
+        {
+            token
+            for ids in run.tokenizer.encode_texts(read_lines(trained.with_name("corpus") / f"train.{side}.gz"))
+            for token in ids
+        }
+        for side in ("en", "de")
+    )
+    assert targets <= every
+    assert {"<s>", "</s>", "<unk>", "<pad>", "x", "Ń"} <= set(run.tokenizer.pieces(every)), "bytes nobody wrote, too"
+    assert {piece for piece in run.tokenizer.pieces(sources - every) if len(piece) > 1}, "words of the sources are out"
+    assert often < every
 
 
 def test_a_bundle_has_it_and_says_what_it_costs(bundle: Path, trained: Path) -> None:
