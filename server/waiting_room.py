@@ -74,6 +74,20 @@ class WaitingRoom:
         wait = self._rate.wait(ahead + self._engine.status.waiting_requests) if ahead else 0.0
         return Forecast(wait=wait, seconds_each=self._rate.most_seconds_each, per_second=self._rate.per_second)
 
+    def check(self) -> None:
+        """Refuses what would be refused however small it is, before any work is done for it. Raises Refused."""
+        call = current_call.get()
+        tenant, _ = self._limits.tenant(call.tenant)
+        self._admission.check(
+            self.status,
+            self.forecast,
+            requests=1,
+            tokens=0,
+            seconds_left=call.seconds_left,
+            tenant=tenant,
+            waiting_of_tenant=self._queue.waiting_of(tenant),
+        )
+
     @contextmanager
     def admit(self, requests: Sequence[Request]) -> Iterator[None]:
         """Until the running call has handed its requests over, which is the end of the block. Raises Refused."""

@@ -75,6 +75,8 @@ async def server_process(bundle: Path, *arguments: str) -> AsyncIterator[ServerP
             async for line in process.stderr:
                 said.append(line.decode())
                 entry = json.loads(line) if line.startswith(b"{") else {}
+                if "front_end" in entry:  # one of several, which speaks for itself alone
+                    continue
                 ports.update((key, entry[key]) for key in ("port", "http_port") if key in entry)
                 if entry.get("message") == "serving":
                     break
