@@ -60,7 +60,7 @@ class CallMetrics(_Series):
     """What a process that takes calls counts."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        super().__init__(registry or CollectorRegistry())
+        _Series.__init__(self, registry or CollectorRegistry())
         self._requests = self._counter("requests", "Calls, by how they ended.", "model", "method", "outcome")
         self._request_seconds = self._histogram(
             "request_duration_seconds", "Time from a call's arrival to its end.", _REQUEST_SECONDS, "model", "method"
@@ -109,7 +109,7 @@ class EngineMetrics(_Series):
     """
 
     def __init__(self, version: str, registry: CollectorRegistry | None = None, counts: Path | None = None) -> None:
-        super().__init__(registry or CollectorRegistry())
+        _Series.__init__(self, registry or CollectorRegistry())
         if counts is not None:
             MultiProcessCollector(self.registry, str(counts))
         self._queued = self._histogram(
