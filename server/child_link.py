@@ -47,7 +47,8 @@ class ChildLink(Generic[Message]):
             on_message: told of everything the process says, in order, in the event loop.
             environment: added to this process's own.
         """
-        directory = tempfile.TemporaryDirectory(prefix="transformer-")  # mode 0700
+        kind = module.rpartition(".")[2].removesuffix("_process").replace("_", "-")
+        directory = tempfile.TemporaryDirectory(prefix=f"transformer-{kind}-")  # mode 0700
         endpoint = f"ipc://{directory.name}/socket"
         try:
             # A session of its own: Ctrl-C in a terminal reaches the server, which then decides when its processes end.

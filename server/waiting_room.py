@@ -26,7 +26,8 @@ Request = GenerationRequest | EncodingRequest
 TOO_LATE = Failed(Failure.OVERLOADED, "the server is busy: the answer would have come after the call's deadline")
 
 _LOOKAHEAD = 0.25
-"""Of the engine's rows: requests given to it before there are rows for them."""
+"""Of the engine's rows: what it is given work for before they are free. More would stand there in order of arrival, where no
+tenant's share counts any more."""
 
 
 class WaitingRoom:
@@ -142,7 +143,8 @@ class WaitingRoom:
         if not status.alive or not status.row_capacity:
             return True  # it says so itself, at once
         free = max(0, status.row_capacity - status.live_rows)
-        return status.waiting_requests + self._called < free + max(1, int(_LOOKAHEAD * status.row_capacity))
+        rows_each = max(1.0, status.live_rows / max(1, status.live_requests))  # those that come are as those that are there
+        return status.waiting_requests + self._called < max(1.0, (free + _LOOKAHEAD * status.row_capacity) / rows_each)
 
     @property
     def _is_hopeless(self) -> bool:

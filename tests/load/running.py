@@ -48,7 +48,7 @@ class ServerProcess:
 
     def _children(self, module: str) -> list[int]:
         children = " ".join(path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/children")).split()
-        return [int(child) for child in children if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return [int(child) for child in children if module.encode() in command_line(child)]
 
     @property
     def descriptors(self) -> int:
@@ -68,6 +68,14 @@ class ServerProcess:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=10) as response:
             text: str = response.read().decode()
         return text
+
+
+def command_line(pid: str) -> bytes:
+    """Empty for a process that has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 @asynccontextmanager

@@ -25,7 +25,7 @@ def test_others_who_wait_longer_or_in_vain_are_named() -> None:
 
 
 async def test_a_greedy_tenant_crowds_out_itself_alone(bundles: dict[str, Path]) -> None:
-    tenants = [option for name in (*MODEST, GREEDY) for option in ("--tenant", f"{name}=1:8")]
+    tenants = [option for name in (*MODEST, f"{GREEDY}=1:8") for option in ("--tenant", name)]
     arguments = ("--device", "cpu", "--engines", "1", "--threads", "1", "--max-rows", "4", *tenants)
     async with server_process(bundles["encoder_decoder"], *arguments) as server:
         # A capacity that the machine certainly has, and for the greedy one one that it has not.
