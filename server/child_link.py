@@ -29,9 +29,7 @@ class ChildLink(Generic[Message]):
     ) -> None:
         self._process, self._directory = process, directory
         # The process binds: a side that connects may send before the other is there.
-        self._socket = LoopSocket(
-            endpoint, bind=False, decode=decode, on_message=on_message, on_nonsense=lambda: self.signal("kill")
-        )
+        self._socket = LoopSocket(endpoint, bind=False, decode=decode, on_message=on_message, on_nonsense=self._kill)
 
     @classmethod
     async def start(
@@ -61,10 +59,10 @@ class ChildLink(Generic[Message]):
                 start_new_session=True,
                 env={**os.environ, **(environment or {})},
             )
-            return cls(process, directory, endpoint, decode, on_message)
         except BaseException:
             directory.cleanup()
             raise
+        return cls(process, directory, endpoint, decode, on_message)
 
     @property
     def pid(self) -> int:
@@ -81,14 +79,14 @@ class ChildLink(Generic[Message]):
         self._socket.receive()
         return code
 
-    def signal(self, how: str) -> None:
-        """ "terminate" or "kill"; nothing happens to a process that has ended."""
+    def terminate(self) -> None:
+        """Asks the process to end."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill() if how == "kill" else self._process.terminate()
+            self._process.terminate()
 
     async def kill(self) -> None:
         """Ends the process at once, and waits until it is gone."""
-        self.signal("kill")
+        self._kill()
         await self._process.wait()
 
     def close(self) -> None:
@@ -97,3 +95,7 @@ class ChildLink(Generic[Message]):
         self._directory.cleanup()
         if self._process.stdin is not None:
             self._process.stdin.close()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()

@@ -67,6 +67,7 @@ class Desk:
         call = Call(
             method="",
             request_id=handover.request_id,
+            trace=handover.trace,
             tenant=handover.tenant,
             priority=handover.priority,
             started=handover.started,

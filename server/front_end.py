@@ -93,7 +93,7 @@ class FrontEnd:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
         if (link := self._link) is not None:
-            link.signal("terminate")
+            link.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(link.ended(), seconds)
         await self._end_process()
@@ -101,7 +101,7 @@ class FrontEnd:
     def hurry(self) -> None:
         """After ``stop``: no call is worth waiting for any more."""
         if self._link is not None:
-            self._link.signal("terminate")
+            self._link.terminate()
 
     def _send(self, message: ToFrontEnd) -> None:
         if self._link is not None:

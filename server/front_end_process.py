@@ -89,7 +89,9 @@ class Owner:
     def hand_over(self, model: int, call: Call, request: Request) -> None:
         handover = self._handovers.get((model, id(call)))
         if handover is None:
-            handover = Handover(model, call.request_id, call.tenant, call.priority, call.started, call.longest_seconds, [])
+            handover = Handover(
+                model, call.request_id, call.trace, call.tenant, call.priority, call.started, call.longest_seconds, []
+            )
             self._handovers[model, id(call)] = handover
             self._order(handover)
         handover.requests.append(wrap_request(request))
@@ -112,9 +114,10 @@ class Owner:
             for model, events in message.events.items():
                 self._rooms[model].deliver(unwrap_events(events))
         elif isinstance(message, Standing):
-            for room, status in zip(self._rooms, message.statuses, strict=False):
-                room.stand(status)
-            self.say(Alive(self.metrics.ready))
+            if self._rooms:  # until they are there, this process is still reading its bundles
+                for room, status in zip(self._rooms, message.statuses, strict=True):
+                    room.stand(status)
+                self.say(Alive(self.metrics.ready))
         elif not self.begin.done():
             self.begin.set_result(message)
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from server.call import Trace
 from server.config import EngineOptions, ServerOptions
 from server.engine_client import EngineStatus
 from server.wire import Message, WiredEvent, WiredRequest, WireError
@@ -58,6 +59,7 @@ class Handover(Message):
 
     model: int
     request_id: str
+    trace: Trace
     tenant: str
     priority: int
     started: float

@@ -20,7 +20,15 @@ def request(name: str) -> GenerationRequest:
 
 
 def handover(*names: str, model: int = 0, **changes: Any) -> Handover:
-    facts = {"request_id": "call", "tenant": "", "priority": 0, "started": Call("", "").started, "longest_seconds": 60.0}
+    call = Call("", "call")
+    facts = {
+        "request_id": call.request_id,
+        "trace": call.trace,
+        "tenant": "",
+        "priority": 0,
+        "started": call.started,
+        "longest_seconds": 60.0,
+    }
     return Handover(model=model, **{**facts, **changes}, requests=[wrap_request(request(name)) for name in names])
 
 
