@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +18,10 @@ from server.admission import AdmissionLimits
 from server.config import ConfigError, Device, EngineOptions, EnginePlace, Precision, ServerOptions, parse_size, parse_tenants
 from server.loading import load_model
 from server.logs import LogLevel, configure_logging
-from server.metrics import Metrics
+from server.metrics import EngineMetrics, Metrics
 from server.runtime import RuntimeUnavailable
 from server.server import CannotServe, Server
+from server.supervisor import Supervisor
 
 _OPTIONS, _ENGINE, _ADMISSION = ServerOptions(), EngineOptions(), AdmissionLimits()
 
@@ -31,6 +34,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = _OPTIONS.host,
     port: Annotated[int, typer.Option(help="Port of gRPC; 0 takes a free one.")] = _OPTIONS.port,
     http_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = _OPTIONS.http_port,
+    front_ends: Annotated[
+        int,
+        typer.Option(help="Processes that take calls; several share the port, one more keeps the queue and engines."),
+    ] = _OPTIONS.front_ends,
     device: Annotated[Device, typer.Option(help="Where the models run.")] = _ENGINE.device,
     precision: Annotated[Precision, typer.Option(help="Graphs of the bundle that run; auto: the fastest.")] = _ENGINE.precision,
     max_rows: Annotated[int | None, typer.Option(help="Most hypotheses generated at once, of all requests.")] = None,
@@ -100,6 +107,7 @@ def serve(
             host=host,
             port=port,
             http_port=http_port,
+            front_ends=front_ends,
             reflection=reflection,
             default_call_seconds=default_call_seconds,
             longest_call_seconds=longest_call_seconds,
@@ -110,23 +118,34 @@ def serve(
                 tenants=parse_tenants(tenant or []),
             ),
         )
-        metrics = Metrics(metadata.version("transformer-serving"))
-        models = [load_model(path, engine_options, metrics.step_done, metrics.engine_lost) for path in bundles]
-        server = Server(models, options, metrics)
+        with tempfile.TemporaryDirectory(prefix="transformer-counts-") as counts:
+            asyncio.run(_serve(_make_server(bundles, engine_options, options, log_level, Path(counts))))
     except (ConfigError, BundleError) as error:
         raise _end(error, 2) from None
-    except RuntimeUnavailable as error:
-        raise _end(error, 1) from None
-    try:
-        asyncio.run(_serve(server))
     except (CannotServe, RuntimeUnavailable) as error:
         raise _end(error, 1) from None
 
 
-async def _serve(server: Server) -> None:
+def _make_server(
+    bundles: list[Path], engine: EngineOptions, options: ServerOptions, log_level: LogLevel, counts: Path
+) -> Server | Supervisor:
+    """Raises BundleError, ConfigError or RuntimeUnavailable."""
+    version = metadata.version("transformer-serving")
+    if options.front_ends == 1:
+        metrics = Metrics(version)
+        return Server([load_model(path, engine, metrics.step_done, metrics.engine_lost) for path in bundles], options, metrics)
+    engine_metrics = EngineMetrics(version, counts=counts)
+    models = [load_model(path, engine, engine_metrics.step_done, engine_metrics.engine_lost) for path in bundles]
+    return Supervisor(models, bundles, options, engine, engine_metrics, counts, log_level)
+
+
+async def _serve(server: Server | Supervisor) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.ask_to_stop)
+    # What was imported and loaded stays: without this, every full collection looks at all of it, for tens of milliseconds.
+    gc.collect()
+    gc.freeze()
     await server.serve()
 
 

@@ -60,6 +60,9 @@ class Refused(Exception):
 
 
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.05, 30.0
+_CAUTION = 1.5
+"""The wait may turn out so much longer than forecast. A queue that is shorter than it could be keeps the rows as busy; one that
+is longer than it was thought to be makes everybody in it late."""
 
 
 class Admission:
@@ -98,9 +101,15 @@ class Admission:
         Raises:
             Refused: when the queue has no room for all of them, or they would come too late.
         """
-        self._check_room(status, forecast, requests, tokens)
-        self._check_cap(forecast, requests, tenant, waiting_of_tenant)
-        self._check_deadline(forecast, requests, seconds_left)
+        self.check(
+            status,
+            forecast,
+            requests=requests,
+            tokens=tokens,
+            seconds_left=seconds_left,
+            tenant=tenant,
+            waiting_of_tenant=waiting_of_tenant,
+        )
         self._requests_on_the_way += requests
         self._tokens_on_the_way += tokens
         self._on_the_way_of[tenant] += requests
@@ -112,6 +121,22 @@ class Admission:
             self._on_the_way_of[tenant] -= requests
             if not self._on_the_way_of[tenant]:
                 del self._on_the_way_of[tenant]
+
+    def check(
+        self,
+        status: EngineStatus,
+        forecast: Forecast,
+        *,
+        requests: int,
+        tokens: int,
+        seconds_left: float,
+        tenant: str = "",
+        waiting_of_tenant: int = 0,
+    ) -> None:
+        """As ``admit``, and holds no place. Raises Refused."""
+        self._check_room(status, forecast, requests, tokens)
+        self._check_cap(forecast, requests, tenant, waiting_of_tenant)
+        self._check_deadline(forecast, requests, seconds_left)
 
     def _check_room(self, status: EngineStatus, forecast: Forecast, requests: int, tokens: int) -> None:
         waiting_requests = status.waiting_requests + self._requests_on_the_way
@@ -139,8 +164,8 @@ class Admission:
         wait = forecast.wait
         if forecast.per_second and wait:
             wait += (self._requests_on_the_way + requests - 1) / forecast.per_second
-        if wait and wait + forecast.seconds_each > seconds_left:
-            late = wait + forecast.seconds_each - seconds_left
+        if wait and _CAUTION * wait + forecast.seconds_each > seconds_left:
+            late = _CAUTION * wait + forecast.seconds_each - seconds_left
             raise Refused(
                 f"the answer would take about {wait + forecast.seconds_each:.3g} s, and there are {seconds_left:.3g} s left",
                 min(_LONGEST_RETRY, max(_SHORTEST_RETRY, late)),

@@ -115,6 +115,10 @@ class TransportLimits:
     max_concurrent_calls: int = 8192
     """A backstop far behind admission: it refuses probes too, and names no time to come back."""
     max_streams_per_connection: int = 1024
+    max_unaccepted_calls: int = 128
+    """Calls that have arrived and that the service has not begun to look at. When it is too busy to refuse each with a reason,
+    gRPC's core ends some of those above this number, and all above twice as many, as CANCELLED: at next to no cost, and before
+    they have waited in vain."""
     max_metadata_bytes: int = 8192
     max_connection_age_seconds: float = 300.0
     """Connections are renewed this often (gRPC adds some jitter), so that clients find new replicas."""
@@ -123,13 +127,16 @@ class TransportLimits:
     least_client_ping_seconds: float = 10.0
     """Clients that ping more often are sent away; our own client pings every 30 s."""
 
-    def grpc_options(self, longest_call_seconds: float) -> list[tuple[str, int]]:
+    def grpc_options(self, longest_call_seconds: float, *, share_port: bool = False) -> list[tuple[str, int]]:
         """Channel arguments of gRPC's core."""
         return [
-            ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a silent half of the traffic
+            # A second server on the same port is an error, not a silent half of the traffic; front ends of one server share it.
+            ("grpc.so_reuseport", int(share_port)),
             ("grpc.max_receive_message_length", self.max_request_bytes),
             ("grpc.max_send_message_length", -1),  # our own results, bounded by the limits of the call
             ("grpc.max_concurrent_streams", self.max_streams_per_connection),
+            ("grpc.server.max_pending_requests", self.max_unaccepted_calls),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * self.max_unaccepted_calls),
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", 2 * self.max_metadata_bytes),
             ("grpc.keepalive_time_ms", _milliseconds(self.keepalive_seconds)),
@@ -154,6 +161,9 @@ class ServerOptions:
     """Of gRPC; 0 takes a free one."""
     http_port: int = 8080
     """Of /metrics; 0 takes a free one."""
+    front_ends: int = 1
+    """Processes that take calls. One: the server itself, which owns the engines too. Several share the port, and the server
+    owns the engines and the queue alone."""
     reflection: bool = False
     default_call_seconds: float = 60.0
     """The deadline of a call that brings none, if it is not above the longest."""
@@ -169,7 +179,7 @@ class ServerOptions:
     transport: TransportLimits = field(default_factory=TransportLimits)
 
     def __post_init__(self) -> None:
-        problems = _below(self, {"port": 0, "http_port": 0, "drain_seconds": 0, "notice_seconds": 0})
+        problems = _below(self, {"front_ends": 1, "port": 0, "http_port": 0, "drain_seconds": 0, "notice_seconds": 0})
         problems += [
             f"{name} must be at most 65535, not {getattr(self, name)}"
             for name in ("port", "http_port")

@@ -1,39 +1,39 @@
 """An engine in a process of its own: ``python -m server.engine_process ENDPOINT``, started by ``server.remote_engine``.
 
 It takes commands from a local socket, steps while it has work, and answers with one message a step. It never outlives the
-process that started it: the kernel kills it then, and where the kernel cannot, the end of standard input does.
+process that started it (``server.parent``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
-import os
 import signal
 import sys
-import threading
 
 import zmq
 
 from export.bundle import BundleError
 from server.build_engine import build_engine
 from server.logs import LogLevel, configure_logging
+from server.parent import die_with_parent
 from server.runtime import RuntimeUnavailable
 from server.stepper import Stepper, apply
 from server.wire import Commands, FromEngine, Ready, Report, Start, Unavailable, WireError, decode_to_engine, encode
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _LAST_WORDS_MS = 2000
 """How long the process waits at its end for the other side to take what it said."""
 
 
 def main(endpoint: str) -> int:
     """The exit code: 0 when asked to end, 1 when it could not be, anything else a fault."""
-    _die_with_parent()
+    # The parent decides when this process ends: a signal to the whole group must not end it before a drain.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent()
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.linger = _LAST_WORDS_MS
@@ -87,21 +87,6 @@ def _receive(socket: zmq.Socket[bytes], *, wait: bool) -> list[Commands]:
                 raise WireError("an engine is started once")
             received.append(message)
     return received
-
-
-def _die_with_parent() -> None:
-    # The parent decides when this process ends: a signal to the whole group must not end it before a drain.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A parent that ended before the line above has closed the pipe; one on another system will.
-    threading.Thread(target=_end_with_stdin, name="parent", daemon=True).start()
-
-
-def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
-    os._exit(0)
 
 
 if __name__ == "__main__":

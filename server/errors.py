@@ -88,7 +88,7 @@ def status_of(error: Exception, request_id: str) -> grpc.Status:
         details.append(_bad_request(violations))
     metadata: list[tuple[str, str]] = [(REQUEST_ID, request_id)]
     if verdict.retryable:
-        seconds = error.retry_after if isinstance(error, Refused) else _RETRY_AFTER_SECONDS
+        seconds = _retry_after(error)
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(math.ceil(seconds * 1000))
         details.append(retry)
@@ -100,6 +100,13 @@ def status_of(error: Exception, request_id: str) -> grpc.Status:
         packed[-1].Pack(detail)
     status = rpc_status.to_status(status_pb2.Status(code=verdict.code.value[0], message=message, details=packed))
     return status._replace(trailing_metadata=(*status.trailing_metadata, *metadata))
+
+
+def _retry_after(error: Exception) -> float:
+    if isinstance(error, Refused):
+        return error.retry_after
+    known = error.failed.retry_after if isinstance(error, RequestFailed) else None
+    return _RETRY_AFTER_SECONDS if known is None else known
 
 
 def _violations(error: Exception) -> Sequence[Violation]:

@@ -78,15 +78,19 @@ class InFlight:
 
     def deliver(self, events: Iterable[Addressed], stats: StepStats) -> None:
         """One step's news."""
+        self.hand_out(events)
+        if self._unanswered:
+            self.live_rows, self.live_requests = stats.live_rows, stats.live_requests
+        self._tell()
+
+    def hand_out(self, events: Iterable[Addressed]) -> None:
+        """To those who wait for them; what nobody waits for any more is forgotten."""
         for request_id, event in events:
             outbox = self._outboxes.get(request_id)
             if outbox is not None:
                 outbox.put_nowait(event)
                 if not isinstance(event, TokensReady):
                     self._answered(request_id)
-        if self._unanswered:
-            self.live_rows, self.live_requests = stats.live_rows, stats.live_requests
-        self._tell()
 
     def fail_all(self, failed: Failed) -> None:
         """The last event of everything that is under way."""

@@ -50,10 +50,21 @@ def load_model(
         BundleError: for a bundle that must not be used.
         RuntimeUnavailable: when the device is not there.
     """
+
+    def make_engine(name: str, spec: EngineSpec, count: int) -> EngineClient:
+        return _make_engine(name, spec, count, options, partial(on_step, name), partial(on_loss, name))
+
+    return describe_model(path, options, make_engine)
+
+
+def describe_model(
+    path: Path, options: EngineOptions, make_engine: Callable[[str, EngineSpec, int], EngineClient]
+) -> ServedModel:
+    """As ``load_model``, with engines made by ``make_engine``: of the model's name, what to build, and how many."""
     bundle = open_bundle(path)
     device = choose_device(options.device)
     try:
-        return _describe(bundle, device, options, on_step, on_loss)
+        return _describe(bundle, device, options, make_engine)
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: the manifest does not describe a model ({type(error).__name__}: {error})") from error
 
@@ -62,8 +73,7 @@ def _describe(
     bundle: Bundle,
     device: str,
     options: EngineOptions,
-    on_step: Callable[[str, StepStats], None],
-    on_loss: Callable[[str, Loss], None],
+    make_engine: Callable[[str, EngineSpec, int], EngineClient],
 ) -> ServedModel:
     manifest = bundle.manifest
     precision = _choose_precision(bundle, device, options.precision)
@@ -107,9 +117,7 @@ def _describe(
         can_align=f"{precision}/align.onnx" in manifest.files,
         shortlist=None if (shortlist := bundle.shortlist()) is None else frozenset(shortlist),
         tokenizer=tokenizer,
-        engine=_make_engine(
-            manifest.name, spec, engines, options, partial(on_step, manifest.name), partial(on_loss, manifest.name)
-        ),
+        engine=make_engine(manifest.name, spec, engines),
     )
 
 

@@ -1,5 +1,8 @@
 """Prometheus series. The engine reports steps, the service reports calls; this file alone knows what becomes of them.
 
+Where several front ends take calls, each counts its own in files (prometheus_client's multi-process mode), and the process that
+owns the engines adds them up for whoever asks; what a front end has counted outlives it.
+
 ``*_total`` counters of tokens and steps say what the engine did; the histograms of tokens say what callers asked for and got.
 """
 
@@ -8,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from email.message import Message
 from functools import partial
+from pathlib import Path
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.call import Call
 from server.engine_client import EngineClient, EngineStatus, Loss
@@ -26,11 +31,36 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 prometheus_client.disable_created_metrics()  # a second series for each counter and histogram, which nobody reads
 
 
-class Metrics:
-    """All series of one server, in a registry of its own."""
+COUNTS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable that makes a process count in files of this folder; read once, when prometheus_client is imported."""
 
-    def __init__(self, version: str) -> None:
-        self.registry = CollectorRegistry()
+
+class _Series:
+    """What both kinds of series have in common: names that begin alike, and a registry of their own."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+    def page(self, headers: Message) -> tuple[str, bytes]:
+        """The answer to a scrape, in the format it asks for."""
+        encode, content_type = choose_encoder(headers.get("Accept", ""))
+        return content_type, encode(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"transformer_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"transformer_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"transformer_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+
+class CallMetrics(_Series):
+    """What a process that takes calls counts."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        _Series.__init__(self, registry or CollectorRegistry())
         self._requests = self._counter("requests", "Calls, by how they ended.", "model", "method", "outcome")
         self._request_seconds = self._histogram(
             "request_duration_seconds", "Time from a call's arrival to its end.", _REQUEST_SECONDS, "model", "method"
@@ -41,12 +71,51 @@ class Metrics:
         self._inter_token = self._histogram(
             "inter_token_latency_seconds", "Time between the tokens of a streaming call.", _TOKEN_SECONDS, "model"
         )
+        self._asked = self._histogram("request_input_tokens", "Tokens of each input handed to the engine.", _TOKENS, "model")
+        self._given = self._histogram("request_output_tokens", "Tokens of each hypothesis returned.", _TOKENS, "model")
+
+    def add_model(self, model: ServedModel) -> None:
+        """Announces a model; its series begin at 0 rather than with the first call."""
+        for histogram in (self._first_token, self._inter_token, self._asked, self._given):
+            histogram.labels(model.name)
+
+    def set_ready(self, ready: bool) -> None:
+        """Told whether calls are answered."""
+
+    def call_ended(self, call: Call) -> None:
+        self._requests.labels(call.model, call.method, call.outcome).inc()
+        self._request_seconds.labels(call.model, call.method).observe(call.seconds)
+
+    def inputs_admitted(self, model: str, lengths: Sequence[int]) -> None:
+        asked = self._asked.labels(model)
+        for length in lengths:
+            asked.observe(length)
+
+    def outputs_returned(self, model: str, lengths: Sequence[int]) -> None:
+        given = self._given.labels(model)
+        for length in lengths:
+            given.observe(length)
+
+    def stream(self, call: Call) -> StreamTimer:
+        """Times the tokens of a streaming call."""
+        return StreamTimer(call, self._first_token.labels(call.model), self._inter_token.labels(call.model))
+
+
+class EngineMetrics(_Series):
+    """What the process that owns the engines counts.
+
+    Args:
+        counts: folder in which front ends count their calls; None: there are none.
+    """
+
+    def __init__(self, version: str, registry: CollectorRegistry | None = None, counts: Path | None = None) -> None:
+        _Series.__init__(self, registry or CollectorRegistry())
+        if counts is not None:
+            MultiProcessCollector(self.registry, str(counts))
         self._queued = self._histogram(
             "queue_duration_seconds", "Time an input waited before it joined the running batch.", _QUEUE_SECONDS, "model"
         )
         self._step = self._histogram("step_duration_seconds", "Time of one engine step.", _TOKEN_SECONDS, "model")
-        self._asked = self._histogram("request_input_tokens", "Tokens of each input handed to the engine.", _TOKENS, "model")
-        self._given = self._histogram("request_output_tokens", "Tokens of each hypothesis returned.", _TOKENS, "model")
         self._input_tokens = self._counter("input_tokens", "Input tokens the engine encoded or prefilled.", "model")
         self._output_tokens = self._counter("output_tokens", "Output tokens the engine computed, those of every beam.", "model")
         self._wasted_tokens = self._counter(
@@ -73,6 +142,14 @@ class Metrics:
         self._info = self._gauge(
             "model_info", "1 for each loaded model.", "model", "family", "task", "precision", "device", "fingerprint"
         )
+        self._front_ends_up = Gauge(
+            "transformer_front_ends_up", "Processes that take calls, and serve.", registry=self.registry
+        )
+        self._front_end_restarts = self._counter(
+            "front_end_restarts", "Front ends that were lost and replaced, by what was wrong with them.", "reason"
+        )
+        for loss in Loss:
+            self._front_end_restarts.labels(loss)
         self._gauge("build_info", "1; the label names the release.", "version").labels(version).set(1)
 
     @property
@@ -88,14 +165,14 @@ class Metrics:
         }
 
     def add_model(self, model: ServedModel) -> None:
-        """Announces a model; its series begin at 0 rather than with the first call."""
+        """Announces a model; its series begin at 0 rather than with the first step."""
         facts = (model.family, model.task, model.precision, model.device, model.fingerprint)
         self._info.labels(model.name, *facts).set(1)
         for family in (self._input_tokens, self._output_tokens, self._wasted_tokens, self._steps, self._step_rows):
             family.labels(model.name)
         for loss in Loss:
             self._engine_restarts.labels(model.name, loss)
-        for histogram in (self._first_token, self._inter_token, self._queued, self._step, self._asked, self._given):
+        for histogram in (self._queued, self._step):
             histogram.labels(model.name)
         self._step_seconds.labels(model.name, "runtime")
         self._step_seconds.labels(model.name, "host")
@@ -103,26 +180,10 @@ class Metrics:
         for gauge, read in self._read_from_status.items():
             gauge.labels(model.name).set_function(partial(_read, model.engine, read))
 
-    def set_ready(self, ready: bool) -> None:
+    def set_ready(self, ready: bool, front_ends: int | None = None) -> None:
+        """Args: front_ends: how many serve; the server itself is the one otherwise."""
         self._ready.set(ready)
-
-    def call_ended(self, call: Call) -> None:
-        self._requests.labels(call.model, call.method, call.outcome).inc()
-        self._request_seconds.labels(call.model, call.method).observe(call.seconds)
-
-    def inputs_admitted(self, model: str, lengths: Sequence[int]) -> None:
-        asked = self._asked.labels(model)
-        for length in lengths:
-            asked.observe(length)
-
-    def outputs_returned(self, model: str, lengths: Sequence[int]) -> None:
-        given = self._given.labels(model)
-        for length in lengths:
-            given.observe(length)
-
-    def stream(self, call: Call) -> StreamTimer:
-        """Times the tokens of a streaming call."""
-        return StreamTimer(call, self._first_token.labels(call.model), self._inter_token.labels(call.model))
+        self._front_ends_up.set(ready if front_ends is None else front_ends)
 
     def step_done(self, model: str, stats: StepStats) -> None:
         """What one engine step did; safe to call from any thread."""
@@ -140,19 +201,21 @@ class Metrics:
     def engine_lost(self, model: str, loss: Loss) -> None:
         self._engine_restarts.labels(model, loss).inc()
 
-    def page(self, headers: Message) -> tuple[str, bytes]:
-        """The answer to a scrape, in the format it asks for."""
-        encode, content_type = choose_encoder(headers.get("Accept", ""))
-        return content_type, encode(self.registry)
+    def front_end_lost(self, loss: Loss) -> None:
+        self._front_end_restarts.labels(loss).inc()
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"transformer_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"transformer_{name}", text, labels, registry=self.registry)
+class Metrics(EngineMetrics, CallMetrics):
+    """All series of a server that takes its calls itself."""
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(f"transformer_{name}", text, labels, buckets=buckets, registry=self.registry)
+    def __init__(self, version: str) -> None:
+        registry = CollectorRegistry()
+        EngineMetrics.__init__(self, version, registry)
+        CallMetrics.__init__(self, registry)
+
+    def add_model(self, model: ServedModel) -> None:
+        EngineMetrics.add_model(self, model)
+        CallMetrics.add_model(self, model)
 
 
 def _read(engine: EngineClient, read: Callable[[EngineStatus], float]) -> float:

@@ -14,15 +14,15 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from server.child_link import ChildLink
 from server.engine_client import EngineStatus, Loss
-from server.engine_link import EngineLink
 from server.engine_spec import EngineSpec
 from server.in_flight import STOPPED, InFlight
 from server.requests import Event
 from server.runtime import RuntimeUnavailable
 from server.step_stats import StepStats
 from server.stepper import Command, Request
-from server.wire import Commands, FromEngine, Ready, Report, Unavailable
+from server.wire import Commands, FromEngine, Ready, Report, Start, Unavailable, decode_from_engine, encode
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class RemoteEngine:
         self._spec, self._on_step, self._on_loss = spec, on_step, on_loss
         self._supervision = supervision or Supervision()
         self._in_flight = InFlight()
-        self._link: EngineLink | None = None
+        self._link: ChildLink[FromEngine] | None = None
         self._warm: asyncio.Future[None] | None = None
         self._commands: list[Command] = []
         """To be sent in one message, at the end of this turn of the event loop."""
@@ -125,7 +125,7 @@ class RemoteEngine:
             if not self._owes_progress:
                 self._last_report = time.monotonic()  # until now it owed nothing
             self._sent += 1
-            self._link.send(Commands.of(self._commands))
+            self._link.send(encode(Commands.of(self._commands)))
         self._commands = []
 
     def _receive(self, message: FromEngine) -> None:
@@ -149,12 +149,13 @@ class RemoteEngine:
 
     # The life of the process
 
-    async def _launch(self) -> EngineLink:
+    async def _launch(self) -> ChildLink[FromEngine]:
         """A process that is warm. Raises RuntimeUnavailable."""
         self._warm = asyncio.get_running_loop().create_future()
         self._sent = self._taken = 0
         self._commands = []
-        link = self._link = await EngineLink.start(self._spec, self._receive)
+        link = self._link = await ChildLink[FromEngine].start("server.engine_process", decode_from_engine, self._receive)
+        link.send(encode(Start(self._spec, logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower())))
         ended = asyncio.create_task(link.ended())
         try:
             answers: list[asyncio.Future[Any]] = [self._warm, ended]
@@ -171,7 +172,7 @@ class RemoteEngine:
         self._in_flight.alive = True
         return link
 
-    async def _keep_running(self, link: EngineLink) -> None:
+    async def _keep_running(self, link: ChildLink[FromEngine]) -> None:
         """Watches one process after the other."""
         backoff = 0.0
         while True:
@@ -188,7 +189,7 @@ class RemoteEngine:
             link, backoff = await self._replace(backoff)
             _log.warning("engine process replaced", extra={"model": self.name, "pid": link.pid})
 
-    async def _replace(self, backoff: float) -> tuple[EngineLink, float]:
+    async def _replace(self, backoff: float) -> tuple[ChildLink[FromEngine], float]:
         """A new process, however many attempts it takes, and how long to wait before the next loss's first."""
         limits = self._supervision
         while True:
@@ -199,7 +200,7 @@ class RemoteEngine:
             except (RuntimeUnavailable, OSError) as error:
                 _log.error("engine process cannot start", extra={"model": self.name, "error": str(error)})
 
-    async def _watch(self, link: EngineLink) -> tuple[Loss, int | None]:
+    async def _watch(self, link: ChildLink[FromEngine]) -> tuple[Loss, int | None]:
         """Returns when the process has ended or makes no progress: why, and its exit code."""
         ended = asyncio.create_task(link.ended())
         silent, reports = 0.0, self._reports

@@ -223,6 +223,8 @@ class Failed:
     failure: Failure
     message: str
     """Fit for the caller's eyes: no internals."""
+    retry_after: float | None = None
+    """Seconds after which the same request may succeed, where that is known."""
 
 
 Event = TokensReady | Finished | Encoded | Failed

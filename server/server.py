@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,11 @@ from grpc_reflection.v1alpha import reflection
 from protos import transformer_pb2_grpc
 from server.config import ServerOptions
 from server.health import Health
-from server.http import PagesServer
+from server.http import Page, PagesServer
 from server.interceptors import Guard
-from server.metrics import Metrics
+from server.metrics import CallMetrics
 from server.models import Models, ServedModel
+from server.room import Room
 from server.service import NAME, TransformerService
 from server.waiting_room import WaitingRoom
 
@@ -37,15 +38,35 @@ class CannotServe(RuntimeError):
     """The server cannot begin: one line saying why."""
 
 
-class Server:
-    """Serves models over gRPC and their metrics over HTTP. Starts nothing until ``startup``."""
+def open_pages(options: ServerOptions, pages: Mapping[str, Page]) -> PagesServer:
+    """Raises CannotServe when the port is taken."""
+    try:
+        return PagesServer(options.host, options.http_port, pages)
+    except OSError as error:
+        raise CannotServe(f"cannot listen on {options.address(options.http_port)}: {error.strerror}") from None
 
-    def __init__(self, models: Sequence[ServedModel], options: ServerOptions, metrics: Metrics) -> None:
+
+class Server:
+    """Serves models over gRPC and their metrics over HTTP. Starts nothing until ``startup``.
+
+    Args:
+        rooms: where requests wait, by model, when another process keeps them. This one is then a front end: it shares its port
+            with others and has no pages. None: this process keeps them.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        options: ServerOptions,
+        metrics: CallMetrics,
+        rooms: Mapping[str, Room] | None = None,
+    ) -> None:
         self.port = options.port
         """Of gRPC; the real one after ``startup``."""
         self.http_port = options.http_port
         self._options = options
-        self._rooms = {model.name: WaitingRoom(model.engine, options.admission) for model in models}
+        self._is_front_end = rooms is not None
+        self._rooms = rooms or {model.name: WaitingRoom(model.engine, options.admission) for model in models}
         self._models = Models(replace(model, engine=self._rooms[model.name]) for model in models)
         self._metrics = metrics
         self._pages: PagesServer | None = None
@@ -89,16 +110,15 @@ class Server:
             raise CannotServe(f"protobuf must run on its upb backend, not {backend!r}")
         self._grpc = self._bind()
         await self._grpc.start()
-        try:
-            self._pages = PagesServer(self._options.host, self._options.http_port, {"/metrics": self._metrics.page})
-        except OSError as error:
-            raise CannotServe(f"cannot listen on {self._options.address(self._options.http_port)}: {error.strerror}") from None
-        self.http_port = self._pages.port
+        if not self._is_front_end:
+            self._pages = open_pages(self._options, {"/metrics": self._metrics.page})
+            self.http_port = self._pages.port
         for model in self._models:
             self._metrics.add_model(model)
-        _log.info("warming up", extra={"port": self.port, "http_port": self.http_port})
+        pages = {"http_port": self.http_port} if self._pages else {}
+        _log.info("warming up", extra={"port": self.port, **pages})
         warm = asyncio.gather(*(model.engine.start() for model in self._models))
-        if await _done_before(self._stop, warm):
+        if await done_before(self._stop, warm):
             warm.result()
             self._service.open = True
             self._set_serving(True)
@@ -111,13 +131,13 @@ class Server:
             alive = all(model.engine.status.alive for model in self._models)
             if alive is not self._health.serving:
                 self._set_serving(alive)
-            await _wait(self._stop, _WATCH_SECONDS)
+            await wait_for(self._stop, _WATCH_SECONDS)
 
     async def shutdown(self) -> None:
         """NOT_SERVING first; then calls in flight are finished within the drain time; then the ports close."""
         self._set_serving(False)
         if self._grpc is not None:
-            await _wait(self._force, self._options.notice_seconds if self._service.open else 0)
+            await wait_for(self._force, self._options.notice_seconds if self._service.open else 0)
             await self._drain()
             self._health.close()
             await self._grpc.stop(_LAST_ANSWERS_SECONDS)
@@ -129,7 +149,7 @@ class Server:
         """Every engine finishes what it has; when forced, or when one does not come back, what is left fails at once."""
         seconds = self._options.drain_seconds
         drained = asyncio.gather(*(model.engine.drain(seconds) for model in self._models), return_exceptions=True)
-        if not await _done_before(self._force, drained, seconds + _LAST_ANSWERS_SECONDS):
+        if not await done_before(self._force, drained, seconds + _LAST_ANSWERS_SECONDS):
             drained.cancel()
             drained = asyncio.gather(*(model.engine.drain(0) for model in self._models), return_exceptions=True)
             await asyncio.wait([drained], timeout=_LAST_ANSWERS_SECONDS)
@@ -147,7 +167,7 @@ class Server:
         )
         server = grpc.aio.server(
             interceptors=[guard],
-            options=options.transport.grpc_options(options.longest_call_seconds),
+            options=options.transport.grpc_options(options.longest_call_seconds, share_port=self._is_front_end),
             maximum_concurrent_rpcs=options.transport.max_concurrent_calls,
         )
         transformer_pb2_grpc.add_TransformerServicer_to_server(self._service, server)
@@ -168,7 +188,7 @@ class Server:
         self._metrics.set_ready(serving)
 
 
-async def _done_before(event: asyncio.Event, work: asyncio.Future[Any], seconds: float | None = None) -> bool:
+async def done_before(event: asyncio.Event, work: asyncio.Future[Any], seconds: float | None = None) -> bool:
     """Waits for the work, but not beyond the event or this time; True when the work is done."""
     interruption = asyncio.ensure_future(event.wait())
     futures: list[asyncio.Future[Any]] = [work, interruption]
@@ -177,7 +197,7 @@ async def _done_before(event: asyncio.Event, work: asyncio.Future[Any], seconds:
     return work.done()
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
+async def wait_for(event: asyncio.Event, seconds: float) -> None:
     """Returns when the event is set, or after this time."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):

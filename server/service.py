@@ -21,10 +21,10 @@ from server import convert
 from server.call import NotReady, SlowReader, current_call
 from server.door import Door
 from server.fan_out import EngineBroken, EngineRequest, gather_results, merge_events
-from server.metrics import Metrics
+from server.metrics import CallMetrics
 from server.models import Ability, Models, ServedModel
 from server.requests import Encoded, EncodingRequest, Finished, GenerationRequest, TokensReady
-from server.waiting_room import WaitingRoom
+from server.room import Room
 
 Result = TypeVar("Result", Finished, Encoded)
 
@@ -42,14 +42,14 @@ class _Place:
 
     model: ServedModel
     door: Door
-    room: WaitingRoom
+    room: Room
 
 
 class TransformerService(transformer_pb2_grpc.TransformerServicer):
     """Answers ``transformer.v1.Transformer``; refuses until ``open`` is set."""
 
     def __init__(
-        self, models: Models, rooms: Mapping[str, WaitingRoom], metrics: Metrics, *, write_timeout_seconds: float
+        self, models: Models, rooms: Mapping[str, Room], metrics: CallMetrics, *, write_timeout_seconds: float
     ) -> None:
         self.open = False
         """Set once every engine is warm."""
@@ -138,13 +138,14 @@ class TransformerService(transformer_pb2_grpc.TransformerServicer):
         return pb.ListModelsResponse(models=(convert.model_message(model) for model in self._models))
 
     def _place(self, name: str, ability: Ability | None = None) -> _Place:
-        """Where a call belongs. Raises NotReady, ModelNotFound or WrongFamily."""
+        """Where a call belongs. Raises NotReady, ModelNotFound, WrongFamily or Refused."""
         if not self.open:
             raise NotReady("the server is starting")
         model = self._models.find(name)
         current_call.get().model = model.name
         if ability is not None:
             model.require(ability)
+            self._places[model.name].room.check()
         return self._places[model.name]
 
     async def _check_generation(

@@ -26,7 +26,8 @@ Request = GenerationRequest | EncodingRequest
 TOO_LATE = Failed(Failure.OVERLOADED, "the server is busy: the answer would have come after the call's deadline")
 
 _LOOKAHEAD = 0.25
-"""Of the engine's rows: requests given to it before there are rows for them."""
+"""Of the engine's rows: what it is given work for before they are free. More would stand there in order of arrival, where no
+tenant's share counts any more."""
 
 
 class WaitingRoom:
@@ -73,6 +74,20 @@ class WaitingRoom:
         ahead = self._queue.ahead_of(name, weight=tenant.weight, priority=call.priority if call else 0)
         wait = self._rate.wait(ahead + self._engine.status.waiting_requests) if ahead else 0.0
         return Forecast(wait=wait, seconds_each=self._rate.most_seconds_each, per_second=self._rate.per_second)
+
+    def check(self) -> None:
+        """Refuses what would be refused however small it is, before any work is done for it. Raises Refused."""
+        call = current_call.get()
+        tenant, _ = self._limits.tenant(call.tenant)
+        self._admission.check(
+            self.status,
+            self.forecast,
+            requests=1,
+            tokens=0,
+            seconds_left=call.seconds_left,
+            tenant=tenant,
+            waiting_of_tenant=self._queue.waiting_of(tenant),
+        )
 
     @contextmanager
     def admit(self, requests: Sequence[Request]) -> Iterator[None]:
@@ -128,7 +143,8 @@ class WaitingRoom:
         if not status.alive or not status.row_capacity:
             return True  # it says so itself, at once
         free = max(0, status.row_capacity - status.live_rows)
-        return status.waiting_requests + self._called < free + max(1, int(_LOOKAHEAD * status.row_capacity))
+        rows_each = max(1.0, status.live_rows / max(1, status.live_requests))  # those that come are as those that are there
+        return status.waiting_requests + self._called < max(1.0, (free + _LOOKAHEAD * status.row_capacity) / rows_each)
 
     @property
     def _is_hopeless(self) -> bool:

@@ -7,7 +7,7 @@ Struct of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias, assert_never
 
 import msgspec
@@ -17,43 +17,46 @@ from server.engine import Addressed
 from server.engine_spec import EngineSpec
 from server.requests import Encoded, EncodingRequest, Failed, Finished, GenerationRequest, TokensReady
 from server.step_stats import StepStats
-from server.stepper import Command
+from server.stepper import Command, Request
 
 
 class WireError(Exception):
     """What arrived is no message of the schema."""
 
 
-class _Message(Struct, array_like=True, forbid_unknown_fields=True, tag=True):
+class Message(Struct, array_like=True, forbid_unknown_fields=True, tag=True):
     pass
 
 
 # To the engine
 
 
-class Start(_Message):
+class Start(Message):
     """The first message: what to be."""
 
     spec: EngineSpec
     log_level: str
 
 
-class _Generate(_Message):
+class _Generate(Message):
     request: GenerationRequest
 
 
-class _Encode(_Message):
+class _Encode(Message):
     request: EncodingRequest
 
 
-class _Cancel(_Message):
+WiredRequest: TypeAlias = _Generate | _Encode
+
+
+class _Cancel(Message):
     request_id: str
 
 
-class Commands(_Message):
+class Commands(Message):
     """In order. Each of these messages is answered by at least one Report."""
 
-    items: tuple[_Generate | _Encode | _Cancel, ...]
+    items: tuple[WiredRequest | _Cancel, ...]
 
     @classmethod
     def of(cls, commands: Sequence[Command]) -> Commands:
@@ -66,51 +69,54 @@ class Commands(_Message):
 # From the engine
 
 
-class Ready(_Message):
+class Ready(Message):
     """Loaded and warm."""
 
 
-class Unavailable(_Message):
+class Unavailable(Message):
     """It cannot be: one line saying why."""
 
     message: str
 
 
-class _Tokens(_Message):
+class _Tokens(Message):
     request_id: str
     event: TokensReady
 
 
-class _Finished(_Message):
+class _Finished(Message):
     request_id: str
     event: Finished
 
 
-class _Encoded(_Message):
+class _Encoded(Message):
     request_id: str
     event: Encoded
 
 
-class _Failed(_Message):
+class _Failed(Message):
     request_id: str
     event: Failed
 
 
-class Report(_Message):
+WiredEvent: TypeAlias = _Tokens | _Finished | _Encoded | _Failed
+
+
+class Report(Message):
     """One step's news, or only that commands have been taken."""
 
     taken: int
     """Commands messages taken since the start."""
-    events: tuple[_Tokens | _Finished | _Encoded | _Failed, ...]
+    events: tuple[WiredEvent, ...]
     stats: StepStats | None
     """None when there was nothing to do."""
 
     @classmethod
     def of(cls, taken: int, events: Sequence[Addressed] = (), stats: StepStats | None = None) -> Report:
-        return cls(taken, tuple(map(_wrap_event, events)), stats)
+        return cls(taken, wrap_events(events), stats)
 
     def unwrap(self) -> list[Addressed]:
-        return [(item.request_id, item.event) for item in self.events]
+        return unwrap_events(self.events)
 
 
 ToEngine: TypeAlias = Start | Commands
@@ -141,15 +147,23 @@ def decode_from_engine(data: bytes) -> FromEngine:
         raise WireError(f"not a message from an engine: {error}") from error
 
 
-def _wrap_command(command: Command) -> _Generate | _Encode | _Cancel:
-    if isinstance(command, str):
-        return _Cancel(command)
-    if isinstance(command, GenerationRequest):
-        return _Generate(command)
-    return _Encode(command)
+def _wrap_command(command: Command) -> WiredRequest | _Cancel:
+    return _Cancel(command) if isinstance(command, str) else wrap_request(command)
 
 
-def _wrap_event(addressed: Addressed) -> _Tokens | _Finished | _Encoded | _Failed:
+def wrap_request(request: Request) -> WiredRequest:
+    return _Generate(request) if isinstance(request, GenerationRequest) else _Encode(request)
+
+
+def wrap_events(events: Iterable[Addressed]) -> tuple[WiredEvent, ...]:
+    return tuple(map(_wrap_event, events))
+
+
+def unwrap_events(events: Iterable[WiredEvent]) -> list[Addressed]:
+    return [(item.request_id, item.event) for item in events]
+
+
+def _wrap_event(addressed: Addressed) -> WiredEvent:
     request_id, event = addressed
     if isinstance(event, TokensReady):
         return _Tokens(request_id, event)

@@ -264,6 +264,16 @@ SECTIONS: list[tuple[str, list[Panel]]] = [
                 ],
             ),
             Panel(
+                title="Front ends",
+                description="Processes that take calls, and serve. One that is lost is replaced within seconds.",
+                queries=[("sum by (pod) (transformer_front_ends_up)", "{{pod}}")],
+            ),
+            Panel(
+                title="Front ends replaced",
+                description="Lost because they died, or said nothing any more; only with --front-ends above 1.",
+                queries=[("sum by (reason) (increase(transformer_front_end_restarts_total[5m]))", "{{reason}}")],
+            ),
+            Panel(
                 title="Silence of an engine with work",
                 description="Time since its last step. Its process is replaced when this reaches --stall-seconds.",
                 queries=[(f"max by (model, pod) (transformer_engine_progress_age_seconds{{{MODEL}}})", "{{model}} {{pod}}")],

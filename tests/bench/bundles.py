@@ -1,61 +1,56 @@
-"""``python -m tests.bench.bundles RUN BUNDLE...``: bundles of one run beside each other, as they are served.
-
-Every held-out source is sent to a server of each bundle, many calls at a time, the bundles in turn, again and again:
-sentences/s with the client on the same cores, and the task's metric. For what an export option costs and gives.
-"""
+"""Whole bundles of the measured shapes, for what is measured with a server or an engine process in front of the model."""
 
 from __future__ import annotations
 
-import asyncio
-import statistics
-import time
-from collections import defaultdict
+import random
+import tempfile
 from pathlib import Path
-from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.table import Table
+import torch
 
-from model import metrics
-from model.checkpoint import load_run
-from tests.bench.parity import translate
-from tests.bench.served import served
-from tests.bench.shapes import machine
+from export.build import build_bundle
+from model.checkpoint import save_weights, write_record
+from model.files import write_json_lines
+from model.tokenizer import SPECIAL_TOKENS, Tokenizer
+from model.transformer import Transformer
+from tests.bench.natural import FIRST, natural_length
+from tests.bench.shapes import BUILD, SHAPES
 
-WARM_UP = 100
-"""Sentences before those that count."""
-
-
-def main(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN")],
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...")],
-    beams: Annotated[list[int], typer.Option(help="Beam widths; 1 is greedy.")] = [1, 5],  # noqa: B006
-    precision: Annotated[str, typer.Option(help="Which graphs the servers run.")] = "int8",
-    concurrency: Annotated[int, typer.Option(help="Calls in flight.")] = 64,
-    repeat: Annotated[int, typer.Option(help="Turns.")] = 3,
-) -> None:
-    console, run = Console(), load_run(run_folder)
-    sources, targets = ([example[side] for example in run.held_out] for side in ("source", "target"))
-    measure = metrics.TEXT_METRICS[run.task["metric"]]
-    max_tokens = min(run.generation["max_tokens"], run.config.max_target_length)
-    table = Table("decoding", "bundle", "sentences/s", run.task["metric"])
-    for width in beams:
-        rates, values = defaultdict[Path, list[float]](list), dict[Path, float]()
-        for _ in range(repeat):
-            for bundle in bundles:
-                with served(bundle, "--precision", precision) as target:
-                    asyncio.run(translate(target, sources[:WARM_UP], width, max_tokens, concurrency))
-                    started = time.perf_counter()
-                    found = asyncio.run(translate(target, sources, width, max_tokens, concurrency))
-                    rates[bundle].append(len(sources) / (time.perf_counter() - started))
-                values[bundle] = measure([generation.text for generation in found], targets)
-        for bundle in bundles:
-            name = "greedy" if width == 1 else f"beam {width}"
-            table.add_row(name, bundle.name, f"{statistics.median(rates[bundle]):.0f}", f"{values[bundle]:.2f}")
-    console.print(f"{machine()}; {precision}; {len(sources)} sentences, {concurrency} calls in flight; medians of {repeat}")
-    console.print(table)
+_FIRST_LETTER = 0x3400
+"""Of the made-up alphabet: one letter for each id, from here on in Unicode's order."""
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def shape_bundle(shape: str) -> Path:
+    """A bundle of SHAPES[shape], fp32, made once; remove it after a change of the export.
+
+    Its weights are those of a model that has not learnt anything yet, so the length of an output must be asked for.
+    """
+    bundle, config = BUILD / shape / "bundle", SHAPES[shape]
+    if (bundle / "manifest.json").exists():
+        return bundle
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    tokenizer = Tokenizer.train_characters(letters(config.vocab_size - len(SPECIAL_TOKENS)))
+    rng = random.Random(0)
+
+    def text() -> list[int]:
+        return [rng.randrange(FIRST, config.vocab_size) for _ in range(natural_length(rng))]
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        run.mkdir()
+        task = {"name": shape, "kind": "sequence_to_sequence", "metric": "exact_match", "labels": []}
+        write_record(run, config, task, {"beams": 1, "length_penalty": 1.0, "max_tokens": 64}, {"seed": 0})
+        save_weights(model.state_dict(), run / "best.safetensors")
+        tokenizer.save(run / "tokenizer.json")
+        pairs = [{"source": tokenizer.decode(text()), "target": tokenizer.decode(text())} for _ in range(8)]
+        write_json_lines(run / "held_out.jsonl", pairs)
+        write_json_lines(run / "calibration.jsonl", [])
+        build_bundle(run, bundle, name=shape, precisions=["fp32"])
+    return bundle
+
+
+def letters(count: int) -> str:
+    """So many different characters that are letters of some script."""
+    found = filter(str.isalpha, map(chr, range(_FIRST_LETTER, 0x110000)))
+    return "".join(letter for letter, _ in zip(found, range(count), strict=False))

@@ -1,4 +1,4 @@
-"""``python -m tests.bench.isolation BUNDLE``: what it costs to have the engine in a process of its own.
+"""``python -m tests.bench.isolation [BUNDLE]``: what it costs to have the engine in a process of its own.
 
 Both kinds are driven in turn by the same load, without gRPC, in one run: one request at a time for the latency that the way to
 the process adds, then many at once for the throughput. Medians over the rounds, and their range.
@@ -25,6 +25,7 @@ from server.engine_spec import EngineSpec
 from server.in_process import InProcessEngine
 from server.remote_engine import RemoteEngine
 from server.requests import Decoding, GenerationRequest
+from tests.bench.bundles import shape_bundle
 
 _FIRST_WORD = 4
 """Ids below are special."""
@@ -105,14 +106,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Directory made by `python -m export`, of a model that generates; or --shape.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Without a bundle: one made for the purpose, tiny or base.")] = "tiny",
     precision: Annotated[str, typer.Option(help="Graphs of the bundle that run.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     requests: Annotated[int, typer.Option(min=64, help="In each round.")] = 256,
     at_once: Annotated[int, typer.Option(min=1, help="Requests in flight where the rate is measured.")] = 32,
     stream: Annotated[bool, typer.Option(help="Report every token as it becomes final.")] = True,
 ) -> None:
-    figures = asyncio.run(compare(bundle, precision, rounds, requests, at_once, stream))
+    figures = asyncio.run(compare(bundle or shape_bundle(shape), precision, rounds, requests, at_once, stream))
     for kind, own in figures.items():
         single, rate = statistics.median(own.single) * 1000, statistics.median(own.rate)
         print(

@@ -47,6 +47,7 @@ class Generator:
         self._plan = plan
         self._stubs = stubs
         self._start = 0.0
+        self._metadata = (("x-tenant", plan.tenant),) if plan.tenant else None
         self.records: list[Record] = []
         count = len(plan.schedule) if plan.schedule is not None else 1
         draw = random.Random(plan.seed)
@@ -121,14 +122,14 @@ class Generator:
         sent = time.perf_counter() - self._start
         try:
             if self._plan.stream:
-                async for message in stub.GenerateStream(request, timeout=self._plan.deadline):
+                async for message in stub.GenerateStream(request, timeout=self._plan.deadline, metadata=self._metadata):
                     if message.HasField("result"):
                         tokens += _count_tokens(message.result)
                         if pieces:
                             continue
                     pieces.append(time.perf_counter() - self._start)
             else:
-                response = await stub.Generate(request, timeout=self._plan.deadline)
+                response = await stub.Generate(request, timeout=self._plan.deadline, metadata=self._metadata)
                 tokens = sum(_count_tokens(result) for result in response.results)
         except grpc.aio.AioRpcError as error:
             code = error.code().name

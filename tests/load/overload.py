@@ -21,7 +21,10 @@ from tests.load.running import server_process
 from tests.load.stage import run_stage
 from tests.load.sweep import probe_capacity
 
-REFUSED = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
+REFUSED = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED")
+"""CANCELLED is how gRPC's core ends what a server is too busy to look at (``TransportLimits.max_unaccepted_calls``)."""
+_LATE_SHARE = 0.9
+"""Of its deadline: a call that the server ends after that was taken and came too late, whatever its status."""
 _LATE_REFUSAL = 0.020
 _EXPIRED_SHARE = 0.001
 _GOODPUT_SHARE = 0.95
@@ -37,6 +40,8 @@ class Stage:
     good: float
     """Answered within their deadlines, a second."""
     refused: int
+    unseen: int
+    """Of these, ended without a reason."""
     refusal: Percentiles | None
     """Seconds from sending a call to its refusal."""
     answered: Percentiles | None
@@ -52,14 +57,16 @@ class Stage:
 
 def measure(factor: float, rate: float, plan: Plan, records: Sequence[Record]) -> Stage:
     good = [record for record in records if record.code == OK]
-    refused = [record.done - record.sent for record in records if record.code in REFUSED]
-    expired = sum(record.code == "DEADLINE_EXCEEDED" for record in records)
+    ended = [record for record in records if record.code in REFUSED]
+    refused = [record.done - record.sent for record in ended if record.done - record.sent < _LATE_SHARE * plan.deadline]
+    expired = sum(record.code == "DEADLINE_EXCEEDED" for record in records) + len(ended) - len(refused)
     lag = Percentiles.of([record.sent - record.planned for record in records])
     return Stage(
         factor=factor,
         offered=rate,
         good=len(good) / max(plan.seconds, *(record.done for record in records)),
         refused=len(refused),
+        unseen=sum(record.code == "CANCELLED" for record in ended),
         refusal=Percentiles.of(refused),
         answered=Percentiles.of([record.done - record.planned for record in good]),
         expired=expired,
@@ -93,11 +100,13 @@ def table(stages: Sequence[Stage]) -> str:
         return f"{figures.p50 * 1000:.1f} / {figures.p99 * 1000:.1f}" if figures else "–"
 
     lines = [
-        "| load | offered/s | good/s | answer p50 / p99, ms | refused | refusal p50 / p99, ms | too late | sent late, p99 |",
+        "| load | offered/s | good/s | answer p50 / p99, ms | refused (without a reason) | refusal p50 / p99, ms | too late"
+        " | sent late, p99 |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {stage.factor:g} x | {stage.offered:.0f} | {stage.good:.0f} | {milliseconds(stage.answered)} | {stage.refused}"
+        f" ({stage.unseen})"
         f" | {milliseconds(stage.refusal)} | {stage.expired} of {stage.accepted} | {stage.lag * 1000:.1f} ms |"
         for stage in stages
     ]
@@ -113,6 +122,7 @@ def main(
     factor: Annotated[list[float] | None, typer.Option(help="Multiples of the capacity; default: 1, 1.5, 2, 4, 10.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Length of each stage.")] = 10.0,
     deadline: Annotated[float, typer.Option(min=0.05, help="Seconds that each call allows.")] = 1.0,
+    beams: Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")] = None,
     inputs_file: Annotated[Path | None, typer.Option("--inputs", help="One text a line. Default: dates, made by code.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes the arrivals.")] = 1,
 ) -> None:
@@ -122,7 +132,14 @@ def main(
     async def run() -> list[Stage]:
         async with server_process(bundle, "--device", "cpu") as server:
             base = Plan(
-                target=server.target, texts=texts, seed=seed, schedule=[], seconds=seconds, stream=False, deadline=deadline
+                target=server.target,
+                texts=texts,
+                seed=seed,
+                schedule=[],
+                seconds=seconds,
+                stream=False,
+                beams=beams,
+                deadline=deadline,
             )
             capacity = await asyncio.to_thread(probe_capacity, base, run_stage)
             print(f"capacity: {capacity:.0f} calls/s", flush=True)

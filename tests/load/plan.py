@@ -31,6 +31,8 @@ class Plan:
     max_tokens: int | None = None
     deadline: float = 30.0
     """Seconds that a single call may take; it also bounds how long the stage outlives its schedule."""
+    tenant: str = ""
+    """In whose name the calls are made."""
     connections: int = 4
     warmup: int = 4
     """Calls made and forgotten before the clock starts."""

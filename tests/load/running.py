@@ -39,8 +39,16 @@ class ServerProcess:
     @property
     def engines(self) -> list[int]:
         """Process ids of its engines now."""
+        return self._children("server.engine_process")
+
+    @property
+    def front_ends(self) -> list[int]:
+        """Process ids of its front ends now; none when it takes its calls itself."""
+        return self._children("server.front_end_process")
+
+    def _children(self, module: str) -> list[int]:
         children = " ".join(path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/children")).split()
-        return [int(child) for child in children if b"server.engine_process" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return [int(child) for child in children if module.encode() in command_line(child)]
 
     @property
     def descriptors(self) -> int:
@@ -48,17 +56,26 @@ class ServerProcess:
 
     async def series(self) -> dict[tuple[str, str], float]:
         """Every sample of a scrape, summed over labels but the one that matters: (name, outcome or reason)."""
-        text = await asyncio.to_thread(self._scrape)
+        text = await asyncio.to_thread(self.scrape)
         found: Counter[tuple[str, str]] = Counter()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 found[sample.name, sample.labels.get("outcome") or sample.labels.get("reason") or ""] += sample.value
         return dict(found)
 
-    def _scrape(self) -> str:
+    def scrape(self) -> str:
+        """What ``/metrics`` answers."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=10) as response:
             text: str = response.read().decode()
         return text
+
+
+def command_line(pid: str) -> bytes:
+    """Empty for a process that has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 @asynccontextmanager
@@ -75,6 +92,8 @@ async def server_process(bundle: Path, *arguments: str) -> AsyncIterator[ServerP
             async for line in process.stderr:
                 said.append(line.decode())
                 entry = json.loads(line) if line.startswith(b"{") else {}
+                if "front_end" in entry:  # one of several, which speaks for itself alone
+                    continue
                 ports.update((key, entry[key]) for key in ("port", "http_port") if key in entry)
                 if entry.get("message") == "serving":
                     break

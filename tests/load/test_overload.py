@@ -29,6 +29,15 @@ def test_a_server_that_keeps_its_promises() -> None:
     assert (stages[2].good, stages[2].refused, stages[2].accepted) == (100, 900, 100)
 
 
+def test_what_the_core_ends_at_once_is_refused_and_what_ends_late_was_taken() -> None:
+    stage = measure(2.0, 200, PLAN, [*records(100), *cancelled(0.001), *cancelled(29.5)])
+    assert (stage.refused, stage.unseen, stage.expired, stage.others) == (1, 2, 1, 0)
+
+
+def cancelled(seconds: float) -> list[Record]:
+    return [Record(planned=0.0, sent=0.0, first=None, done=seconds, code="CANCELLED")]
+
+
 def test_every_broken_promise_is_named() -> None:
     broken = [
         measure(1.0, 100, PLAN, records(100)),

@@ -140,6 +140,9 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
             assert ("grpc-retry-pushback-ms", "200") in tuple(error.value.trailing_metadata())
         assert engine.submitted == []
         assert ended(running, "rejected") == 1
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await running.stub.Generate(pb.GenerateRequest(inputs=[pb.Input(text="")]), timeout=5)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "no work is done for what is refused anyway"
         engine.waiting_requests = engine.waiting_tokens = 0
         await unary(running)
 

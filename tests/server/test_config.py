@@ -22,11 +22,13 @@ def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
         ServerOptions(
             port=70_000,
+            front_ends=0,
             drain_seconds=-1,
             longest_call_seconds=float("nan"),
             admission=AdmissionLimits(max_waiting_requests=0),
         )
     assert [problem.split()[0] for problem in refused.value.problems] == [
+        "front_ends",
         "drain_seconds",
         "port",
         "max_waiting_requests",

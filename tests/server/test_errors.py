@@ -66,6 +66,8 @@ def test_a_refusal_says_when_to_come_back_in_both_languages() -> None:
     status = status_of(Refused("busy", 0.25), "id-1")
     assert ("grpc-retry-pushback-ms", "250") in status.trailing_metadata
     assert received(Refused("busy", 0.25)).retry_after == 0.25
+    elsewhere = RequestFailed(Failed(Failure.OVERLOADED, "busy", 0.25))  # refused where the queue is, in another process
+    assert ("grpc-retry-pushback-ms", "250") in status_of(elsewhere, "id-1").trailing_metadata
 
 
 def test_a_replica_that_goes_does_not_push_callers_back_from_the_others() -> None:

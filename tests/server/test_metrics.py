@@ -22,6 +22,7 @@ COUNTERS = {
     "transformer_wasted_tokens_total": {"model"},
     "transformer_steps_total": {"model"},
     "transformer_engine_restarts_total": {"model", "reason"},
+    "transformer_front_end_restarts_total": {"reason"},
     "transformer_step_rows_total": {"model"},
     "transformer_step_seconds_total": {"model", "part"},
 }
@@ -43,6 +44,7 @@ GAUGES = {
     "transformer_engines_up": {"model"},
     "transformer_engine_progress_age_seconds": {"model"},
     "transformer_ready": set(),
+    "transformer_front_ends_up": set(),
     "transformer_model_info": {"model", "family", "task", "precision", "device", "fingerprint"},
     "transformer_build_info": {"version"},
 }

@@ -20,11 +20,11 @@ DONE = Finished((hypothesis((5, 2)),))
 
 
 class Rows(FakeEngine):
-    """Has so many rows; each request holds one until it is let go. Answers in the order in which it is let go."""
+    """Has so many rows; a request holds ``each`` of them until it is let go. Answers in the order in which they are let go."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, each: int = 1) -> None:
         super().__init__(self.hold)
-        self.rows = rows
+        self.rows, self.each = rows, each
         self.gates: dict[str, asyncio.Event] = {}
 
     def hold(self, request: Request) -> Iterator[Step]:
@@ -38,10 +38,10 @@ class Rows(FakeEngine):
 
     @property
     def status(self) -> EngineStatus:
-        running = min(self.live, self.rows)
+        running = min(self.live, self.rows // self.each)
         return EngineStatus(
             alive=self.alive,
-            live_rows=running,
+            live_rows=running * self.each,
             live_requests=running,
             row_capacity=self.rows,
             waiting_requests=self.live - running,
@@ -96,6 +96,20 @@ async def test_the_engine_gets_what_it_has_rows_for_and_a_little_more() -> None:
         await settle()
     assert await asyncio.gather(*tasks) == [[DONE]] * 30
     assert (room.status.waiting_requests, room.status.waiting_tokens, engine.live) == (0, 0, 0)
+
+
+async def test_wide_requests_are_not_piled_up_in_the_engine_where_no_share_counts() -> None:
+    engine = Rows(16, each=4)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "r0")
+    await settle()
+    tasks += enter(room, *(f"r{n}" for n in range(1, 10)))
+    await settle()
+    assert names(engine) == [f"r{n}" for n in range(5)], "four at once, and a quarter of the rows ahead is one more"
+    for n in range(10):
+        engine.let_go(f"r{n}")
+        await settle()
+    assert await asyncio.gather(*tasks) == [[DONE]] * 10
 
 
 async def test_who_leaves_while_waiting_never_reaches_the_engine() -> None:
