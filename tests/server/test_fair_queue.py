@@ -51,6 +51,19 @@ def test_an_idle_tenant_has_saved_up_nothing() -> None:
     assert Counter(queue.pop() for _ in range(10)) == {"busy": 5, "late": 5}
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_was_removed_unserved_is_not_counted_against_its_tenant(kept: int) -> None:
+    queue: FairQueue[str] = FairQueue()
+    abandoned = [queue.put("unlucky", tenant="unlucky") for _ in range(50)]
+    for _ in range(50):
+        queue.put("busy", tenant="busy")
+    for ticket in abandoned[kept:]:
+        queue.remove(ticket)
+    for _ in range(10):
+        queue.put("unlucky", tenant="unlucky")
+    assert Counter(queue.pop() for _ in range(10)) == {"busy": 5, "unlucky": 5}
+
+
 def test_priority_comes_before_fairness() -> None:
     queue: FairQueue[str] = FairQueue()
     for name, priority in [("low", -1), ("normal", 0), ("high", 1), ("normal", 0), ("high", 1)]:
