@@ -130,6 +130,9 @@ class TransportLimits:
             ("grpc.max_receive_message_length", self.max_request_bytes),
             ("grpc.max_send_message_length", -1),  # our own results, bounded by the limits of the call
             ("grpc.max_concurrent_streams", self.max_streams_per_connection),
+            # Else the core cancels calls at random when more than 1,000 wait for the event loop, those of innocent callers too.
+            ("grpc.server.max_pending_requests", self.max_concurrent_calls),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * self.max_concurrent_calls),
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", 2 * self.max_metadata_bytes),
             ("grpc.keepalive_time_ms", _milliseconds(self.keepalive_seconds)),
