@@ -31,8 +31,12 @@ async def unary(running: Running, request: pb.GenerateRequest = REQUEST, timeout
 
 
 async def stream(running: Running, request: pb.GenerateRequest = REQUEST, timeout: float | None = PATIENT) -> None:
-    async for _ in running.stub.GenerateStream(request, timeout=timeout):
-        pass
+    call = running.stub.GenerateStream(request, timeout=timeout)
+    try:
+        async for _ in call:
+            pass
+    finally:
+        call.cancel()  # grpc.aio does not, when its task is cancelled at the moment in which the request has been sent
 
 
 both = pytest.mark.parametrize("call", [unary, stream])

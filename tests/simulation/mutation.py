@@ -38,25 +38,32 @@ class Mutant:
     number: int
     line: int
     change: str
-    source: str
+    _tree: ast.Module
+    _position: int
+    """Of the changed node in a walk of the tree."""
+    _replacement: ast.AST
+
+    @property
+    def source(self) -> str:
+        return ast.unparse(ast.fix_missing_locations(_replaced(self._tree, self._position, self._replacement)))
 
 
 def mutants(source: str) -> Iterator[Mutant]:
     """All of a module's, in the order of its lines; each changes one expression or leaves out one statement of a function."""
-    found = sorted(_mutate(ast.parse(source)), key=lambda each: each[0])
-    for number, (line, change, tree) in enumerate(found):
-        yield Mutant(number, line, change, ast.unparse(ast.fix_missing_locations(tree)))
+    tree = ast.parse(source)
+    found = sorted(_mutate(tree), key=lambda each: each[0])
+    for number, (line, change, position, replacement) in enumerate(found):
+        yield Mutant(number, line, change, tree, position, replacement)
 
 
-def _mutate(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
-    nodes = list(ast.walk(tree))
-    for node in nodes:
+def _mutate(tree: ast.Module) -> Iterator[tuple[int, str, int, ast.AST]]:
+    positions = {node: position for position, node in enumerate(ast.walk(tree))}
+    for node in positions:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         for inner in _behaviour(node):
-            at = nodes.index(inner)
             for change, replacement in _changes(inner):
-                yield inner.lineno, change, _replaced(tree, at, replacement)
+                yield inner.lineno, change, positions[inner], replacement
 
 
 def _behaviour(function: ast.AST) -> Iterator[ast.expr | ast.stmt]:
