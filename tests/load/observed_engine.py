@@ -76,6 +76,7 @@ class ObservedEngine(InProcessEngine):
         return self._in_flight.run(request, self._send)
 
     def _send(self, command: Command) -> None:
-        if isinstance(command, str) and self.stepper is not None:
-            self.stepper.told(command)
-        self._inbox.put(command)
+        with self._inbox.changed:  # or this thread might lose the processor between the two
+            if isinstance(command, str) and self.stepper is not None:
+                self.stepper.told(command)
+            self._inbox.put(command)

@@ -138,7 +138,8 @@ async def _abandoned_call(stub: transformer_pb2_grpc.TransformerStub, rng: rando
     """By the caller's own will, or by its deadline."""
     seconds, streams, cancels = rng.uniform(0, longest), rng.random() < 0.5, rng.random() < 0.5
     method = stub.GenerateStream if streams else stub.Generate
-    call = method(_request(rng), timeout=60 if cancels else max(0.001, seconds))
+    # A connection that breaks ends the calls on it, and no others: those after it wait for the next.
+    call = method(_request(rng), timeout=60 if cancels else max(0.001, seconds), wait_for_ready=True)
     if cancels:
         asyncio.get_running_loop().call_later(seconds, call.cancel)
     try:

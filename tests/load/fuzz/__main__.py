@@ -69,7 +69,8 @@ def main(
             f"{report.connections.total()} connections were abused with {report.frames} frames: {dict(report.connections)}",
             f"on them the server answered (by number of status) {dict(report.statuses)}: {dict(report.words)}",
             f"its memory every 500 abuses: {[round(one / 2**20) for one in report.memory]} MiB",
-            f"in {report.seconds:.0f} s the canary sang {report.songs} times; before: {report.before}, after: {report.after}",
+            f"in {report.seconds:.0f} s the canary sang {report.songs} times ({report.refused} calls refused)",
+            f"before: {report.before}, after: {report.after}",
         ]
         problems += report.problems
         if report.growth > _MOST_GROWTH:

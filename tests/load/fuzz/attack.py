@@ -35,6 +35,8 @@ class Report:
     """That came with statuses, shortened."""
     songs: int = 0
     """Of the canary: one call of each method."""
+    refused: int = 0
+    """Of its calls."""
     memory: list[int] = field(default_factory=list)
     """Of the front end, in bytes, every 500 abuses."""
     seconds: float = 0.0
@@ -93,7 +95,7 @@ async def attack(
         await asyncio.gather(singing, return_exceptions=True)
         report.seconds = time.monotonic() - began
         await canary.sing()
-        report.songs = canary.songs
+        report.songs, report.refused = canary.songs, canary.refused
         report.problems += [f"{count} times {problem}" for problem, count in canary.problems.items()]
         report.after = await _settled(server, report.before)
         await canary.sing()

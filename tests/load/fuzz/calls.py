@@ -19,6 +19,7 @@ SERVICE = METHODS[0].containing_service.full_name
 WRONG_STATUSES = frozenset({"UNKNOWN", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "ABORTED"})
 """The server's own faults: no request may cause one."""
 _CALL_SECONDS = 20.0
+_CANARY_SECONDS = 120.0
 _SHARE_ODD = 0.05
 """Calls with strange metadata, ..."""
 _SHARE_LEFT = 0.03
@@ -143,12 +144,12 @@ _CANARIES: dict[str, bytes] = {
 
 
 class Canary:
-    """A well-behaved caller, who gets the same answers all the time."""
+    """A well-behaved caller, who gets the same answers all the time, or is refused when the server is busy."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
         self._expected: dict[str, tuple[bytes, ...]] = {}
-        self.songs = 0
+        self.songs = self.refused = 0
         self.problems: Counter[str] = Counter()
 
     async def sing(self) -> None:
@@ -157,6 +158,9 @@ class Canary:
             try:
                 answer = await self._answer(method, request)
             except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    self.refused += 1
+                    continue
                 self.problems[f"the canary's {method} ended with {error.code().name}: {error.details()}"] += 1
                 continue
             if self._expected.setdefault(method, answer) != answer:
@@ -166,5 +170,5 @@ class Canary:
     async def _answer(self, method: str, request: bytes) -> tuple[bytes, ...]:
         path = f"/{SERVICE}/{method}"
         if method.endswith("Stream"):
-            return tuple([piece async for piece in self._channel.unary_stream(path)(request, timeout=_CALL_SECONDS)])
-        return (await self._channel.unary_unary(path)(request, timeout=_CALL_SECONDS),)
+            return tuple([piece async for piece in self._channel.unary_stream(path)(request, timeout=_CANARY_SECONDS)])
+        return (await self._channel.unary_unary(path)(request, timeout=_CANARY_SECONDS),)
