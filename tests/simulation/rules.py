@@ -59,7 +59,7 @@ class Rules:
                     self._of_tenant[tenant] -= len(requests)
         except Refused as refused:
             assert not entered
-            assert str(refused)
+            assert refused.args == (str(refused),)
             assert reasons, f"refused for no reason: {refused}"
             first = reasons[0]
             assert first.earliest <= refused.retry_after * 1.001, f"{first}, but come again after {refused.retry_after:.3g} s"
