@@ -59,8 +59,6 @@ class Report:
     """How the calls ended, as their callers saw it."""
     before: Left
     after: Left
-    steps_too_many: int
-    """Steps that the engine took when no call was left, beyond the one that was under way."""
     wasted_tokens: int
     steps_after_leaving: Counter[int] = field(default_factory=Counter)
     """Of requests whose caller left, by how many steps began before the engine took note: only seen in this process."""
@@ -72,8 +70,6 @@ class Report:
         found = [f"{count} times {misdeed}" for misdeed, count in self.misdeeds.items()]
         if self.after != self.before:
             found.append(f"not as it was: {self.before} before, {self.after} after")
-        if self.steps_too_many:
-            found.append(f"{self.steps_too_many} steps when no call was left")
         if (most := max(self.steps_after_leaving, default=0)) > 1:
             found.append(f"a request was computed for {most} steps after its caller had left")
         return found
@@ -89,12 +85,11 @@ async def storm(
     seed: int = 1,
 ) -> Report:
     """Args: longest: seconds within which each call is abandoned, unless it was answered before."""
-    metrics, steps, wasted = Metrics("storm"), 0, 0
+    metrics, wasted = Metrics("storm"), 0
     observed: ObservedEngine | None = None
 
     def on_step(name: str, stats: StepStats) -> None:
-        nonlocal steps, wasted
-        steps += 1
+        nonlocal wasted
         wasted += stats.wasted_tokens
         metrics.step_done(name, stats)
 
@@ -120,11 +115,9 @@ async def storm(
                     ends[await _abandoned_call(stub, rng, longest)] += 1
 
             await asyncio.gather(*(caller() for _ in range(at_once)))
-            quiet = steps
             after = await _settled(server, before)
-            too_many = max(0, steps - quiet - 1)
             await stub.Generate(_request(rng), timeout=30)  # which also brings the count of the last waste
-        report = Report(ends=ends, before=before, after=after, steps_too_many=too_many, wasted_tokens=wasted)
+        report = Report(ends=ends, before=before, after=after, wasted_tokens=wasted)
         if observed is not None and observed.stepper is not None:
             seen = observed.stepper
             report = replace(report, steps_after_leaving=seen.steps_after_leaving, misdeeds=seen.problems)
@@ -190,7 +183,7 @@ def main(
         report = asyncio.run(storm(bundle, calls, place=place, seed=seed))
         facts += [
             f"engine {place}: calls as their callers saw them: {dict(report.ends)}",
-            f"  before: {report.before}, after: {report.after}; steps when no call was left: {report.steps_too_many}",
+            f"  before: {report.before}, after: {report.after}",
             f"  tokens computed for calls that were abandoned: {report.wasted_tokens}",
         ]
         if report.steps_after_leaving:

@@ -25,7 +25,7 @@ async def test_callers_who_leave_leave_nothing_behind(bundles: dict[str, Path], 
     assert {"CANCELLED", "DEADLINE_EXCEEDED"} <= report.ends.keys()
     assert report.ends.keys() <= {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "OK"}
     assert report.ends.total() == 400
-    assert (report.steps_after_leaving.total() > 20) is (place is EnginePlace.IN_PROCESS)
+    assert (report.steps_after_leaving.total() > 0) is (place is EnginePlace.IN_PROCESS)
 
 
 class Deaf:
@@ -61,7 +61,6 @@ def test_an_engine_that_goes_on_is_found() -> None:
         ends=stepper.problems,
         before=nothing,
         after=nothing,
-        steps_too_many=0,
         wasted_tokens=0,
         steps_after_leaving=stepper.steps_after_leaving,
         misdeeds=stepper.problems,
