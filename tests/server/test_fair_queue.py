@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -62,6 +63,22 @@ def test_what_was_removed_unserved_is_not_counted_against_its_tenant(kept: int) 
     for _ in range(10):
         queue.put("unlucky", tenant="unlucky")
     assert Counter(queue.pop() for _ in range(10)) == {"busy": 5, "unlucky": 5}
+
+
+def test_turns_stay_in_order_when_what_was_removed_is_cleared_away() -> None:
+    rng = random.Random(1)
+    queue: FairQueue[int] = FairQueue()
+    tickets = [queue.put(n, tenant=f"t{n % 300}", cost=rng.randint(1, 99)) for n in range(900)]
+    served = {queue.pop() for _ in range(200)}
+    left = rng.sample([ticket for ticket in tickets if ticket.waiting], 600)
+    for ticket in left:
+        assert queue.remove(ticket)
+    times = []
+    while queue:
+        served.add(queue.pop())
+        times += [lane.virtual_time for lane in queue._lanes.values()]
+    assert times == sorted(times)
+    assert served == {ticket.item for ticket in tickets} - {ticket.item for ticket in left}
 
 
 def test_priority_comes_before_fairness() -> None:
