@@ -65,6 +65,19 @@ def test_what_was_removed_unserved_is_not_counted_against_its_tenant(kept: int) 
     assert Counter(queue.pop() for _ in range(10)) == {"busy": 5, "unlucky": 5}
 
 
+def test_a_tenant_that_comes_one_by_one_gets_no_more_than_its_share() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(20):
+        queue.put("busy", tenant="busy", cost=1)
+    queue.put("single", tenant="single", cost=4)
+    served: Counter[str] = Counter()
+    for _ in range(15):
+        served[who := queue.pop()] += 1
+        if who == "single":
+            queue.put("single", tenant="single", cost=4)
+    assert served == {"busy": 12, "single": 3}
+
+
 def test_turns_stay_in_order_when_what_was_removed_is_cleared_away() -> None:
     rng = random.Random(1)
     queue: FairQueue[int] = FairQueue()
