@@ -115,10 +115,6 @@ class TransportLimits:
     max_concurrent_calls: int = 8192
     """A backstop far behind admission: it refuses probes too, and names no time to come back."""
     max_streams_per_connection: int = 1024
-    max_unaccepted_calls: int = 128
-    """Calls that have arrived and that the service has not begun to look at. When it is too busy to refuse each with a reason,
-    gRPC's core ends some of those above this number, and all above twice as many, as CANCELLED: at next to no cost, and before
-    they have waited in vain."""
     max_metadata_bytes: int = 8192
     max_connection_age_seconds: float = 300.0
     """Connections are renewed this often (gRPC adds some jitter), so that clients find new replicas."""
@@ -135,8 +131,9 @@ class TransportLimits:
             ("grpc.max_receive_message_length", self.max_request_bytes),
             ("grpc.max_send_message_length", -1),  # our own results, bounded by the limits of the call
             ("grpc.max_concurrent_streams", self.max_streams_per_connection),
-            ("grpc.server.max_pending_requests", self.max_unaccepted_calls),
-            ("grpc.server.max_pending_requests_hard_limit", 2 * self.max_unaccepted_calls),
+            # Else the core cancels calls at random when more than 1,000 wait for the event loop, those of innocent callers too.
+            ("grpc.server.max_pending_requests", self.max_concurrent_calls),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * self.max_concurrent_calls),
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", 2 * self.max_metadata_bytes),
             ("grpc.keepalive_time_ms", _milliseconds(self.keepalive_seconds)),

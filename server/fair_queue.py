@@ -1,50 +1,61 @@
 """Whose turn it is, when there is more work than rows. Plain Python: no clock, no I/O.
 
-Strict between priorities, fair between the tenants of one priority: start-time fair queueing (Goyal, Vin, Cheng 1996). Each
-item has a start tag, the later of the virtual time and the end of its tenant's item before it; the smallest tag goes first. A
-tenant of weight 2 gets twice the work of one of weight 1 while both have items waiting; one that was idle has saved up nothing.
+Strict between priorities, fair between the tenants of one priority: start-time fair queueing (Goyal, Vin, Cheng 1996). The
+first waiting item of each tenant has a start tag, the later of the virtual time and the end of the tenant's item that was
+served before it; the smallest tag goes first. A tenant of weight 2 gets twice the work of one of weight 1 while both have items
+waiting; one that was idle has saved up nothing, and one whose items were removed unserved has lost nothing.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Ticket(Generic[T]):
     """An item's place in the queue."""
 
-    urgency: int
-    """Smaller goes first."""
-    start: float
+    priority: int
+    tenant: str
     number: int
     """Of arrival: the order of equals."""
-    tenant: str = field(compare=False)
-    item: T = field(compare=False)
-    waiting: bool = field(compare=False, default=True)
+    item: T
+    work: float
+    """Cost over weight."""
+    waiting: bool = True
 
 
 @dataclass(slots=True)
-class _Lane:
+class _Lane(Generic[T]):
     """The tenants of one priority."""
 
     virtual_time: float = 0.0
+    waiting: dict[str, OrderedDict[int, Ticket[T]]] = field(default_factory=dict)
+    """Of each tenant that has any, by number."""
     ends: dict[str, float] = field(default_factory=dict)
-    """Of the last item of each tenant that has one waiting."""
-    waiting: Counter[str] = field(default_factory=Counter)
+    """Of each tenant's last item that was served, where that is after the virtual time."""
+    heads: list[tuple[float, int, Ticket[T]]] = field(default_factory=list)
+    """A heap: the start tag of each tenant's first item; those of items that were removed lie in it for a while."""
+    tags: dict[str, float] = field(default_factory=dict)
+    """The start tag of each tenant's first item."""
+
+    def lead(self, tenant: str, tag: float) -> None:
+        """The tenant's first item has this start tag."""
+        ticket = next(iter(self.waiting[tenant].values()))
+        self.tags[tenant] = tag
+        heapq.heappush(self.heads, (tag, ticket.number, ticket))
 
 
 class FairQueue(Generic[T]):
     """A queue of items of several tenants."""
 
     def __init__(self) -> None:
-        self._heap: list[Ticket[T]] = []
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, _Lane[T]] = {}
         self._weights: dict[str, float] = {}
         self._length = 0
         self._number = 0
@@ -54,38 +65,43 @@ class FairQueue(Generic[T]):
 
     def waiting_of(self, tenant: str) -> int:
         """Items of one tenant, of any priority."""
-        return sum(lane.waiting[tenant] for lane in self._lanes.values())
+        return sum(len(lane.waiting.get(tenant, ())) for lane in self._lanes.values())
 
     def put(self, item: T, *, tenant: str = "", weight: float = 1.0, priority: int = 0, cost: float = 1.0) -> Ticket[T]:
         """Args: weight: the tenant's share; priority: larger goes first; cost: work of the item, in any unit."""
-        lane = self._lanes.setdefault(-priority, _Lane())
-        start = max(lane.virtual_time, lane.ends.get(tenant, 0.0))
-        lane.ends[tenant] = start + cost / weight
-        lane.waiting[tenant] += 1
+        lane = self._lanes.setdefault(priority, _Lane())
         self._weights[tenant] = weight
         self._number += 1
         self._length += 1
-        ticket = Ticket(-priority, start, self._number, tenant, item)
-        heapq.heappush(self._heap, ticket)
+        ticket = Ticket(priority, tenant, self._number, item, cost / weight)
+        is_first = tenant not in lane.waiting
+        lane.waiting.setdefault(tenant, OrderedDict())[ticket.number] = ticket
+        if is_first:
+            lane.lead(tenant, max(lane.virtual_time, lane.ends.pop(tenant, 0.0)))
         return ticket
 
     def pop(self) -> T:
         """The item whose turn it is. Raises IndexError when there is none."""
+        if not self._length:
+            raise IndexError("pop from an empty queue")
+        lane = self._lanes[max(self._lanes)]
         while True:
-            ticket = heapq.heappop(self._heap)
+            tag, _, ticket = heapq.heappop(lane.heads)
             if ticket.waiting:
-                self._lanes[ticket.urgency].virtual_time = ticket.start
-                self._take(ticket)
-                return ticket.item
+                break
+        lane.virtual_time = tag
+        self._take(lane, ticket, tag + ticket.work)
+        return ticket.item
 
     def remove(self, ticket: Ticket[T]) -> bool:
         """Takes an item out before its turn; False when it was not (or no longer) there."""
         if not ticket.waiting:
             return False
-        self._take(ticket)
-        if len(self._heap) > 64 and len(self._heap) > 2 * self._length:
-            self._heap = [one for one in self._heap if one.waiting]
-            heapq.heapify(self._heap)
+        lane = self._lanes[ticket.priority]
+        self._take(lane, ticket, lane.tags[ticket.tenant])
+        if len(lane.heads) > 64 and len(lane.heads) > 2 * len(lane.waiting):
+            lane.heads = [head for head in lane.heads if head[2].waiting]
+            heapq.heapify(lane.heads)
         return True
 
     def ahead_of(self, tenant: str, *, weight: float = 1.0, priority: int = 0) -> int:
@@ -93,29 +109,33 @@ class FairQueue(Generic[T]):
         the shares say, but never more than there are."""
         ahead = 0
         for urgency, lane in self._lanes.items():
-            if urgency < -priority:
-                ahead += lane.waiting.total()
-            elif urgency == -priority:
-                own = lane.waiting[tenant]
+            if urgency > priority:
+                ahead += sum(map(len, lane.waiting.values()))
+            elif urgency == priority:
+                own = len(lane.waiting.get(tenant, ()))
                 others = sum(
-                    min(count, (own + 1) * self._weights[name] / weight)
-                    for name, count in lane.waiting.items()
+                    min(len(items), (own + 1) * self._weights[name] / weight)
+                    for name, items in lane.waiting.items()
                     if name != tenant
                 )
                 ahead += own + round(others)
         return ahead
 
-    def _take(self, ticket: Ticket[T]) -> None:
+    def _take(self, lane: _Lane[T], ticket: Ticket[T], next_tag: float) -> None:
+        """Args: next_tag: start of the tenant's item behind this one, if this one was its first."""
         ticket.waiting = False
         self._length -= 1
-        lane = self._lanes[ticket.urgency]
-        lane.waiting[ticket.tenant] -= 1
-        if not lane.waiting[ticket.tenant]:
-            del lane.waiting[ticket.tenant]
-            if lane.ends[ticket.tenant] <= lane.virtual_time:
-                del lane.ends[ticket.tenant]
-            if not lane.waiting:  # begins anew: tags stay small, and tenants that are gone are forgotten
-                del self._lanes[ticket.urgency]
+        tenant, items = ticket.tenant, lane.waiting[ticket.tenant]
+        was_first = next(iter(items)) == ticket.number
+        del items[ticket.number]
+        if items:
+            if was_first:
+                lane.lead(tenant, next_tag)
+            return
+        del lane.waiting[tenant], lane.tags[tenant]
+        if next_tag > lane.virtual_time:
+            lane.ends[tenant] = next_tag
+        if not lane.waiting:  # begins anew: tags stay small, and tenants that are gone are forgotten
+            del self._lanes[ticket.priority]
         if not self._length:
-            self._heap.clear()
             self._weights.clear()

@@ -19,10 +19,7 @@ settings.load_profile("tests")
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A bundle of a tiny model with random weights, for each family; the run it came from lies beside it."""
-    from export.build import build_bundle  # here, because most tests need no torch
-    from tests import tiny
+    from tests import tiny  # here, because most tests need no torch
 
     root = tmp_path_factory.mktemp("bundles")
-    for family, config in tiny.SHAPES.items():
-        build_bundle(tiny.write_run(root / f"{family}.run", config), root / family, name=family)
-    return {family: root / family for family in tiny.SHAPES}
+    return {family: tiny.write_bundle(root / family, family) for family in tiny.SHAPES}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from export.build import build_bundle
 from export.graphs import graph_modules
 from export.quantize import observe, quantize
 from export.trace import trace
@@ -234,4 +235,10 @@ def write_run(folder: Path, config: ModelConfig) -> Path:
     written.tokenizer.save(folder / "tokenizer.json")
     write_json_lines(folder / "held_out.jsonl", written.held_out)
     write_json_lines(folder / "calibration.jsonl", written.calibration)
+    return folder
+
+
+def write_bundle(folder: Path, family: str) -> Path:
+    """A bundle, named after its family, of ``SHAPES[family]``; the run it came from lies beside it."""
+    build_bundle(write_run(folder.with_name(f"{folder.name}.run"), SHAPES[family]), folder, name=family)
     return folder

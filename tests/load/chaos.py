@@ -10,7 +10,6 @@ import asyncio
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
 from tests.load.running import ServerProcess, server_process
+from tests.load.verdict import conclude
 
 OUTCOMES = {
     "OK": {"ok"},
@@ -232,18 +232,19 @@ def main(
             return await torment(server, faults, callers=callers, seed=seed, say=say)
 
     report = asyncio.run(run())
+    facts = []
     for fault in Fault:
         own = [one for one in report.rounds if one.fault is fault]
         late = 1.0 if fault is Fault.KILL else stall_seconds + 2
         worst = max(one.noticed for one in own)
         after = max(one.ended - one.noticed for one in own)
-        print(f"{fault.value}: noticed within {worst:.3f} s, calls in flight ended within {max(0.0, after):.3f} s of that")
+        facts.append(
+            f"{fault.value}: noticed within {worst:.3f} s, calls in flight ended within {max(0.0, after):.3f} s of that"
+        )
         report.problems += [f"{fault.value}: noticed only after {worst:.3f} s"] if worst > late else []
         report.problems += [f"{fault.value}: a call ended only {after:.3f} s later"] if after > 2 else []
-    print(f"calls as their callers saw them: {dict(report.statuses)}; as the server counted: {report.counted}")
-    for problem in report.problems:
-        print(f"PROBLEM: {problem}")
-    sys.exit(bool(report.problems))
+    facts.append(f"calls as their callers saw them: {dict(report.statuses)}; as the server counted: {report.counted}")
+    conclude(facts, report.problems)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.load.stage import run_stage
 from tests.load.sweep import probe_capacity
 
 REFUSED = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED")
-"""CANCELLED is how gRPC's core ends what a server is too busy to look at (``TransportLimits.max_unaccepted_calls``)."""
+"""CANCELLED is how gRPC's core ends what a server is too busy to look at (``TransportLimits.grpc_options``)."""
 _LATE_SHARE = 0.9
 """Of its deadline: a call that the server ends after that was taken and came too late, whatever its status."""
 _LATE_REFUSAL = 0.020

@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import typer
 from server.client import CallError, Options, TransformerClient
 from tests.load import inputs
 from tests.load.running import ServerProcess, server_process
+from tests.load.verdict import conclude
 
 _LONGEST_TEXT = 16
 """Characters: the tiny models of our tests take no more."""
@@ -42,6 +42,7 @@ class Report:
     """Replicas, by how they were ended."""
     slowest: float = 0.0
     """Seconds of one call."""
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -101,6 +102,7 @@ async def torment(
                     report.calls += 1
                     report.slowest = max(report.slowest, time.monotonic() - began)
 
+            load_began = time.monotonic()
             tasks = [asyncio.create_task(caller()) for _ in range(callers)]
             for number, ending in enumerate(endings):
                 await asyncio.sleep(_PAUSE_SECONDS * rng.uniform(0.5, 1.5))
@@ -112,6 +114,7 @@ async def torment(
                 await asyncio.sleep(0.1)
             stop.set()
             await asyncio.gather(*tasks)
+            report.seconds = time.monotonic() - load_began
     finally:
         await asyncio.gather(*(replica.end(signal.SIGTERM) for replica in group), return_exceptions=True)
     return report
@@ -139,10 +142,15 @@ def main(
     endings = [ending for _ in range(rounds) for ending in (signal.SIGKILL, signal.SIGTERM)]
     arguments = ("--device", "cpu", "--engines", "1", "--threads", "1")
     report = asyncio.run(torment(bundle, endings, calls=calls, callers=callers, seed=seed, arguments=arguments))
-    lost = sum(report.lost.values())
-    print(f"{report.calls} calls while replicas ended {dict(report.ended)}: {lost} lost {dict(report.lost)},")
-    print(f"{report.wrong} answered otherwise than before; the slowest took {report.slowest:.2f} s")
-    sys.exit(bool(report.lost or report.wrong))
+    facts = [
+        f"{report.calls} calls in {report.seconds:.0f} s while replicas ended {dict(report.ended)}",
+        f"{sum(report.lost.values())} lost {dict(report.lost)}, {report.wrong} answered otherwise than before; the slowest took"
+        f" {report.slowest:.2f} s",
+    ]
+    problems = [f"{count} calls were lost with {code}" for code, count in report.lost.items()]
+    if report.wrong:
+        problems.append(f"{report.wrong} calls were answered otherwise than before")
+    conclude(facts, problems)
 
 
 if __name__ == "__main__":

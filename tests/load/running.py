@@ -24,6 +24,17 @@ class ServerError(RuntimeError):
     """The server did not come up."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resting:
+    """What a front end holds, seen from outside."""
+
+    descriptors: int
+    tasks: int
+    threads: int
+    memory: int
+    """Resident bytes that are no file's."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
     """A running ``python -m server``."""
@@ -50,9 +61,14 @@ class ServerProcess:
         children = " ".join(path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/children")).split()
         return [int(child) for child in children if module.encode() in command_line(child)]
 
-    @property
-    def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+    async def resting(self) -> Resting:
+        """Of a server that is a ``tests.load.watched_server``: others do not show their tasks."""
+        return Resting(
+            descriptors=_count(self.pid, "fd"),
+            tasks=round((await self.series())["asyncio_tasks", ""]),
+            threads=_count(self.pid, "task"),
+            memory=anonymous_bytes(self.pid),
+        )
 
     async def series(self) -> dict[tuple[str, str], float]:
         """Every sample of a scrape, summed over labels but the one that matters: (name, outcome or reason)."""
@@ -65,7 +81,7 @@ class ServerProcess:
 
     def scrape(self) -> str:
         """What ``/metrics`` answers."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=10) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=300) as response:
             text: str = response.read().decode()
         return text
 
@@ -79,10 +95,15 @@ def command_line(pid: str) -> bytes:
 
 
 @asynccontextmanager
-async def server_process(bundle: Path, *arguments: str) -> AsyncIterator[ServerProcess]:
-    """Serves a bundle on free ports until the block ends. Raises ServerError."""
+async def server_process(*arguments: str | Path, module: str = "server") -> AsyncIterator[ServerProcess]:
+    """Serves bundles on free ports until the block ends. Raises ServerError.
+
+    Args:
+        arguments: bundles and flags, as on the command line.
+        module: what is started in the server's place.
+    """
     free = ("--port", "0", "--http-port", "0")  # the last of two flags counts
-    command = [sys.executable, "-m", "server", str(bundle), *free, *arguments]
+    command = [sys.executable, "-m", module, *free, *map(str, arguments)]
     process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
     assert process.stderr is not None
     ports: dict[str, int] = {}
@@ -107,6 +128,16 @@ async def server_process(bundle: Path, *arguments: str) -> AsyncIterator[ServerP
                 process.send_signal(signal.SIGTERM)
         await process.wait()
     await rest
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Resident memory of a process that is no file's."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def _count(pid: int, what: str) -> int:
+    return len(list(Path(f"/proc/{pid}/{what}").iterdir()))
 
 
 async def _read_on(stream: asyncio.StreamReader) -> None:

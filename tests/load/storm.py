@@ -1,6 +1,7 @@
 """``python -m tests.load.storm BUNDLE``: callers who leave and deadlines that pass, at random moments. Nothing may stay behind.
 
-The server runs in this process, its engine in one of its own, so that tasks can be counted beside rows and descriptors.
+The server runs in this process, so that tasks can be counted beside rows and descriptors. One storm goes over an engine in a
+process of its own, as it is served; another over one in this process, where every step can be seen, and for whom it was.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +21,14 @@ import typer
 
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
-from server.config import Device, EngineOptions, ServerOptions
+from server.config import Device, EngineOptions, EnginePlace, ServerOptions
+from server.in_process import InProcessEngine
 from server.loading import load_model
 from server.metrics import Metrics
 from server.server import Server
 from server.step_stats import StepStats
+from tests.load.observed_engine import ObservedEngine
+from tests.load.verdict import conclude
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -55,23 +59,46 @@ class Report:
     """How the calls ended, as their callers saw it."""
     before: Left
     after: Left
-    steps_too_many: int
-    """Steps that the engine took when no call was left, beyond the one that was under way."""
     wasted_tokens: int
+    steps_after_leaving: Counter[int] = field(default_factory=Counter)
+    """Of requests whose caller left, by how many steps began before the engine took note: only seen in this process."""
+    misdeeds: Counter[str] = field(default_factory=Counter)
+    """Of the engine, after it had taken note."""
+
+    @property
+    def problems(self) -> list[str]:
+        found = [f"{count} times {misdeed}" for misdeed, count in self.misdeeds.items()]
+        if self.after != self.before:
+            found.append(f"not as it was: {self.before} before, {self.after} after")
+        if (most := max(self.steps_after_leaving, default=0)) > 1:
+            found.append(f"a request was computed for {most} steps after its caller had left")
+        return found
 
 
-async def storm(bundle: Path, calls: int, *, at_once: int = 64, longest: float = 0.2, seed: int = 1) -> Report:
+async def storm(
+    bundle: Path,
+    calls: int,
+    *,
+    place: EnginePlace = EnginePlace.PROCESS,
+    at_once: int = 64,
+    longest: float = 0.2,
+    seed: int = 1,
+) -> Report:
     """Args: longest: seconds within which each call is abandoned, unless it was answered before."""
-    metrics, steps, wasted = Metrics("storm"), 0, 0
+    metrics, wasted = Metrics("storm"), 0
+    observed: ObservedEngine | None = None
 
     def on_step(name: str, stats: StepStats) -> None:
-        nonlocal steps, wasted
-        steps += 1
+        nonlocal wasted
         wasted += stats.wasted_tokens
         metrics.step_done(name, stats)
 
     options = ServerOptions(port=0, http_port=0, notice_seconds=0)
-    server = Server([load_model(bundle, EngineOptions(device=Device.CPU, engines=1), on_step)], options, metrics)
+    model = load_model(bundle, EngineOptions(device=Device.CPU, engines=1, place=place), on_step)
+    if isinstance(model.engine, InProcessEngine):
+        observed = ObservedEngine(model.engine, partial(on_step, model.name))
+        model = replace(model, engine=observed)
+    server = Server([model], options, metrics)
     life = asyncio.create_task(server.serve())
     await _until(lambda: server.serving or life.done())
     try:
@@ -88,11 +115,13 @@ async def storm(bundle: Path, calls: int, *, at_once: int = 64, longest: float =
                     ends[await _abandoned_call(stub, rng, longest)] += 1
 
             await asyncio.gather(*(caller() for _ in range(at_once)))
-            quiet = steps
             after = await _settled(server, before)
-            too_many = max(0, steps - quiet - 1)
             await stub.Generate(_request(rng), timeout=30)  # which also brings the count of the last waste
-        return Report(ends=ends, before=before, after=after, steps_too_many=too_many, wasted_tokens=wasted)
+        report = Report(ends=ends, before=before, after=after, wasted_tokens=wasted)
+        if observed is not None and observed.stepper is not None:
+            seen = observed.stepper
+            report = replace(report, steps_after_leaving=seen.steps_after_leaving, misdeeds=seen.problems)
+        return report
     finally:
         server.ask_to_stop()
         await life
@@ -102,7 +131,8 @@ async def _abandoned_call(stub: transformer_pb2_grpc.TransformerStub, rng: rando
     """By the caller's own will, or by its deadline."""
     seconds, streams, cancels = rng.uniform(0, longest), rng.random() < 0.5, rng.random() < 0.5
     method = stub.GenerateStream if streams else stub.Generate
-    call = method(_request(rng), timeout=60 if cancels else max(0.001, seconds))
+    # A connection that breaks ends the calls on it, and no others: those after it wait for the next.
+    call = method(_request(rng), timeout=60 if cancels else max(0.001, seconds), wait_for_ready=True)
     if cancels:
         asyncio.get_running_loop().call_later(seconds, call.cancel)
     try:
@@ -144,15 +174,25 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
-    calls: Annotated[int, typer.Option(min=1, help="Calls that are abandoned.")] = 10_000,
+    calls: Annotated[int, typer.Option(min=1, help="Calls that are abandoned, with the engine in each place.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Fixes what is asked and when it is abandoned.")] = 1,
 ) -> None:
-    """Exits with 1 unless rows, tasks and descriptors are what they were before."""
-    report = asyncio.run(storm(bundle, calls, seed=seed))
-    print(f"calls as their callers saw them: {dict(report.ends)}")
-    print(f"before: {report.before}\nafter:  {report.after}")
-    print(f"tokens computed for calls that were abandoned: {report.wasted_tokens}; steps too many: {report.steps_too_many}")
-    sys.exit(report.after != report.before or report.steps_too_many > 0)
+    """Exits with 1 unless rows, tasks and descriptors are what they were before, and no step was computed for who had left."""
+    facts, problems = list[str](), list[str]()
+    for place in EnginePlace:
+        report = asyncio.run(storm(bundle, calls, place=place, seed=seed))
+        facts += [
+            f"engine {place}: calls as their callers saw them: {dict(report.ends)}",
+            f"  before: {report.before}, after: {report.after}",
+            f"  tokens computed for calls that were abandoned: {report.wasted_tokens}",
+        ]
+        if report.steps_after_leaving:
+            facts.append(
+                f"  {report.steps_after_leaving.total()} requests were cancelled in the engine; steps that began after their"
+                f" callers had left, by how many: {dict(sorted(report.steps_after_leaving.items()))}"
+            )
+        problems += report.problems
+    conclude(facts, problems)
 
 
 if __name__ == "__main__":

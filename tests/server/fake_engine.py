@@ -103,7 +103,8 @@ def echo(request: Request) -> Iterable[Step]:
     if request.stream:
         for token in written[:-1]:
             yield TokensReady(0, (token,), (-0.5,))
-    yield Finished(tuple(hypothesis(written[n:]) for n in range(request.decoding.hypotheses)))
+    count = request.decoding.alternatives or request.decoding.hypotheses
+    yield Finished(tuple(hypothesis(written[n:] or (EOS,)) for n in range(count)))
 
 
 def hypothesis(tokens: tuple[int, ...]) -> Hypothesis:

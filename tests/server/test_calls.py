@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from protos import transformer_pb2 as pb
+from protos import transformer_pb2_grpc
 from server.admission import AdmissionLimits
 from server.client import CallError
 from server.logs import JsonFormatter
@@ -19,26 +20,34 @@ from server.requests import Encoded, Failed, Failure, Finished, TokensReady
 from tests.server.fake_engine import FakeEngine, hypothesis, says
 from tests.server.run_server import Running, encoder, run_server, served_model
 
+PATIENT = 600.0
+"""Seconds, for what does not take any: only a machine that is very busy needs them."""
 REQUEST = pb.GenerateRequest(inputs=[pb.Input(text="abc")])
 TWO = pb.GenerateRequest(inputs=[pb.Input(text="abc"), pb.Input(text="de")])
 
 
-async def unary(running: Running, request: pb.GenerateRequest = REQUEST, timeout: float | None = 5) -> None:
+async def unary(running: Running, request: pb.GenerateRequest = REQUEST, timeout: float | None = PATIENT) -> None:
     await running.stub.Generate(request, timeout=timeout)
 
 
-async def stream(running: Running, request: pb.GenerateRequest = REQUEST, timeout: float | None = 5) -> None:
-    async for _ in running.stub.GenerateStream(request, timeout=timeout):
-        pass
+async def stream(running: Running, request: pb.GenerateRequest = REQUEST, timeout: float | None = PATIENT) -> None:
+    call = running.stub.GenerateStream(request, timeout=timeout)
+    try:
+        async for _ in call:
+            pass
+    finally:
+        call.cancel()  # grpc.aio does not, when its task is cancelled at the moment in which the request has been sent
 
 
 both = pytest.mark.parametrize("call", [unary, stream])
 
 
 async def until(condition) -> None:  # type: ignore[no-untyped-def]
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
+    for _ in range(6_000):  # looks, not seconds: a process that was not given any is not late
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not come")
 
 
 def ended(running: Running, outcome: str, method: str = "Generate", model: str = "dates") -> float:
@@ -66,7 +75,7 @@ async def test_an_engine_that_breaks_its_contract_ends_the_call_at_once(call, wr
         started = time.perf_counter()
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await call(running)
-        assert time.perf_counter() - started < 2
+        assert time.perf_counter() - started < PATIENT / 2  # not at its deadline
         assert "secret" not in repr(error.value)
         assert error.value.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
 
@@ -82,7 +91,7 @@ async def test_an_answer_of_the_wrong_kind_is_the_servers_fault() -> None:
 async def test_a_fault_of_the_server_is_logged_with_the_id_the_caller_gets(caplog: pytest.LogCaptureFixture) -> None:
     async with run_server(served_model(FakeEngine(says(ZeroDivisionError("secret"))))) as running:
         with caplog.at_level(logging.ERROR), pytest.raises(grpc.aio.AioRpcError) as error:
-            await running.stub.Generate(REQUEST, timeout=5, metadata=(("x-request-id", "mine-42"),))
+            await running.stub.Generate(REQUEST, timeout=PATIENT, metadata=(("x-request-id", "mine-42"),))
         assert error.value.details() == "internal error; the server's log has it under request id mine-42"
         assert ended(running, "failed") == 1
     (record,) = [record for record in caplog.records if record.name == "server.interceptors"]
@@ -107,12 +116,17 @@ async def test_a_deadline_closes_the_engines_iterators(call) -> None:  # type: i
     engine = FakeEngine(says(asyncio.Event()))
     method = "Generate" if call is unary else "GenerateStream"
     async with run_server(served_model(engine)) as running:
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await call(running, TWO, timeout=0.15)
-        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        attempts = 0
+        for seconds in (0.15, 1.0, 10.0):
+            attempts += 1
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call(running, TWO, timeout=seconds)
+            assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            if engine.submitted:  # before the deadline, unless the machine is very busy
+                break
         await until(lambda: engine.live == 0)
-        assert len(engine.closed_early) == 2
-        await until(lambda: ended(running, "deadline", method) == 1)
+        assert len(engine.closed_early) == len(engine.submitted) == 2
+        await until(lambda: ended(running, "deadline", method) == attempts)
 
 
 @both
@@ -169,6 +183,17 @@ async def test_a_burst_beyond_the_queue_is_refused_in_part() -> None:
     assert sum(result is None for result in results) == 20
 
 
+async def test_a_burst_that_the_event_loop_has_not_seen_yet_is_kept() -> None:
+    """gRPC's core cancels calls at random when more than 1,000 wait for the application to take them, unless told otherwise."""
+    async with run_server(served_model(FakeEngine())) as running:
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [grpc.aio.insecure_channel(running.target, options=own) for _ in range(4)]
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        stubs = [transformer_pb2_grpc.TransformerStub(channel) for channel in channels]
+        await asyncio.gather(*(stubs[i % 4].Generate(REQUEST, timeout=PATIENT) for i in range(2500)))
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+
 @both
 @pytest.mark.parametrize(
     ("offered", "kept"), [("abc-123", True), ("a" * 128, True), ("a" * 129, False), ("two words", False), ('"}{', False)]
@@ -176,7 +201,7 @@ async def test_a_burst_beyond_the_queue_is_refused_in_part() -> None:
 async def test_a_plain_request_id_comes_back(call, offered: str, kept: bool) -> None:  # type: ignore[no-untyped-def]
     async with run_server(served_model(FakeEngine())) as running:
         method = running.stub.Generate if call is unary else running.stub.GenerateStream
-        answer = method(REQUEST, timeout=5, metadata=(("x-request-id", offered),))
+        answer = method(REQUEST, timeout=PATIENT, metadata=(("x-request-id", offered),))
         if call is stream:
             assert [message async for message in answer]
         returned = dict(await answer.trailing_metadata())["x-request-id"]
@@ -190,7 +215,7 @@ async def test_trace_context_comes_back_with_the_calls_own_span(call, fails: boo
     failed = Failed(Failure.ENGINE, "gone")
     async with run_server(served_model(FakeEngine(says(failed) if fails else None))) as running:
         method = running.stub.Generate if call is unary else running.stub.GenerateStream
-        answer = method(REQUEST, timeout=5, metadata=(("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"),))
+        answer = method(REQUEST, timeout=PATIENT, metadata=(("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"),))
         with contextlib.suppress(grpc.aio.AioRpcError):
             _ = [message async for message in answer] if call is stream else await answer
         assert (await answer.code() is grpc.StatusCode.OK) is not fails
@@ -202,7 +227,9 @@ async def test_trace_context_comes_back_with_the_calls_own_span(call, fails: boo
 
 async def test_a_call_without_a_request_id_gets_one() -> None:
     async with run_server(served_model(FakeEngine())) as running:
-        ids = [dict(await running.stub.Generate(REQUEST, timeout=5).trailing_metadata())["x-request-id"] for _ in range(2)]
+        ids = [
+            dict(await running.stub.Generate(REQUEST, timeout=PATIENT).trailing_metadata())["x-request-id"] for _ in range(2)
+        ]
     assert ids[0] != ids[1]
 
 
@@ -217,7 +244,7 @@ async def test_counters_are_the_callers_ledger() -> None:
             with pytest.raises(grpc.aio.AioRpcError):
                 await unary(running, wrong)
         with pytest.raises(grpc.aio.AioRpcError):
-            await running.channel.unary_unary("/transformer.v1.Transformer/Generate")(b"\xff", timeout=5)
+            await running.channel.unary_unary("/transformer.v1.Transformer/Generate")(b"\xff", timeout=PATIENT)
         engine.script = says(never)
         with pytest.raises(grpc.aio.AioRpcError):
             await unary(running, named, timeout=0.1)

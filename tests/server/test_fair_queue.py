@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -49,6 +50,48 @@ def test_an_idle_tenant_has_saved_up_nothing() -> None:
     for _ in range(10):
         queue.put("late", tenant="late")
     assert Counter(queue.pop() for _ in range(10)) == {"busy": 5, "late": 5}
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_was_removed_unserved_is_not_counted_against_its_tenant(kept: int) -> None:
+    queue: FairQueue[str] = FairQueue()
+    abandoned = [queue.put("unlucky", tenant="unlucky") for _ in range(50)]
+    for _ in range(50):
+        queue.put("busy", tenant="busy")
+    for ticket in abandoned[kept:]:
+        queue.remove(ticket)
+    for _ in range(10):
+        queue.put("unlucky", tenant="unlucky")
+    assert Counter(queue.pop() for _ in range(10)) == {"busy": 5, "unlucky": 5}
+
+
+def test_a_tenant_that_comes_one_by_one_gets_no_more_than_its_share() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(20):
+        queue.put("busy", tenant="busy", cost=1)
+    queue.put("single", tenant="single", cost=4)
+    served: Counter[str] = Counter()
+    for _ in range(15):
+        served[who := queue.pop()] += 1
+        if who == "single":
+            queue.put("single", tenant="single", cost=4)
+    assert served == {"busy": 12, "single": 3}
+
+
+def test_turns_stay_in_order_when_what_was_removed_is_cleared_away() -> None:
+    rng = random.Random(1)
+    queue: FairQueue[int] = FairQueue()
+    tickets = [queue.put(n, tenant=f"t{n % 300}", cost=rng.randint(1, 99)) for n in range(900)]
+    served = {queue.pop() for _ in range(200)}
+    left = rng.sample([ticket for ticket in tickets if ticket.waiting], 600)
+    for ticket in left:
+        assert queue.remove(ticket)
+    times = []
+    while queue:
+        served.add(queue.pop())
+        times += [lane.virtual_time for lane in queue._lanes.values()]
+    assert times == sorted(times)
+    assert served == {ticket.item for ticket in tickets} - {ticket.item for ticket in left}
 
 
 def test_priority_comes_before_fairness() -> None:

@@ -1,0 +1,300 @@
+"""``python -m tests.load.soak``: an hour of everyday calls. Memory must not grow; descriptors and tasks must be as before.
+
+Growth is counted in bytes for each call, because that is how services leak, and compared with what a leak of one small object a
+call would be. ``--plant-leak`` starts a server that keeps 1 KB of every call, which the same check must then find.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+
+from protos import transformer_pb2 as pb
+from protos import transformer_pb2_grpc
+from tests.load.running import Resting, ServerProcess, anonymous_bytes, server_process
+from tests.load.trend import Slope, slope
+from tests.load.verdict import conclude
+from tests.load.watched_server import PLANT_LEAK
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+_CALL_SECONDS = 60.0
+_QUIET_SECONDS = 3.0
+"""After the last call, before it is seen what is left."""
+_WARM_UP = 0.25
+"""Share of the samples that show caches and pools filling up."""
+_CALLS_OF_A_CHANNEL = 200
+"""Before it is closed and another opened: connections come and go, too."""
+_EXPECTED = {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
+MOST_BYTES = 16.0
+"""Growth for each call: at 40 calls a second, 2 MB in an hour."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One look at the server's processes from outside."""
+
+    seconds: float
+    """Since the load began."""
+    calls: int
+    """So far."""
+    front_end: Resting
+    engine_memory: int
+    """Resident bytes that are no file's, of all engines together."""
+
+
+@dataclass(slots=True)
+class Report:
+    samples: list[Sample] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+    before: tuple[int, int] = (0, 0)
+    """Descriptors and tasks, quiet."""
+    after: tuple[int, int] = (0, 0)
+
+    def growth(self, of: Callable[[Sample], int]) -> Slope:
+        """Bytes for each call, once warm."""
+        warm = self.samples[int(_WARM_UP * len(self.samples)) :]
+        return slope([one.calls for one in warm], [of(one) for one in warm])
+
+    def problems(self, most_bytes: float) -> list[str]:
+        """Nothing may grow, and growing is told from standing still: where the bounds leave it open, the run was too short."""
+        problems = [f"{count} calls ended with {code}" for code, count in self.statuses.items() if code not in _EXPECTED]
+        for name, growth in (("front end", self.growth(front_end)), ("engine", self.growth(engine))):
+            if growth.low > most_bytes:
+                problems.append(f"the {name} leaks {growth.middle:.0f} bytes a call")
+            elif growth.high > most_bytes:
+                problems.append(f"the {name} may leak up to {growth.high:.0f} bytes a call: the run was too short to tell")
+        if self.after != self.before:
+            problems.append(f"descriptors and tasks were {self.before} before, and {self.after} after")
+        return problems
+
+
+def front_end(sample: Sample) -> int:
+    return sample.front_end.memory
+
+
+def engine(sample: Sample) -> int:
+    return sample.engine_memory
+
+
+async def soak(
+    server: ServerProcess,
+    seconds: float,
+    *,
+    rate: float = 40.0,
+    every: float = 5.0,
+    seed: int = 1,
+    say: Callable[[Sample], None] = lambda _: None,
+) -> Report:
+    """Calls of every kind at ``rate`` a second (Poisson), a sample every so many seconds."""
+    report, callers = Report(), _Callers(server, seed)
+    for _ in range(40):
+        await callers.call()
+    await callers.renew()
+    await asyncio.sleep(_QUIET_SECONDS)
+    report.before = _open_things(await server.resting())
+    callers.statuses.clear()
+    began = time.monotonic()
+    load = asyncio.create_task(callers.come(rate))
+    try:
+        while (elapsed := time.monotonic() - began) < seconds and not load.done():
+            report.samples.append(await _sample(server, elapsed, callers.statuses.total()))
+            say(report.samples[-1])
+            await asyncio.sleep(every)
+    finally:
+        load.cancel()
+        await asyncio.gather(load, return_exceptions=True)
+    await callers.leave()
+    for _ in range(10):  # a connection that was closed takes its time
+        await asyncio.sleep(_QUIET_SECONDS)
+        report.after = _open_things(await server.resting())
+        if report.after == report.before:
+            break
+    report.statuses = callers.statuses
+    await callers.close()
+    return report
+
+
+class _Callers:
+    """Who calls a service in the course of a day: patient ones, readers of streams, some who are wrong, some who leave."""
+
+    def __init__(self, server: ServerProcess, seed: int) -> None:
+        self._target, self._random = server.target, random.Random(seed)
+        self._running: set[asyncio.Task[None]] = set()
+        self._made = 0
+        self._channel = self._open()
+        self.statuses: Counter[str] = Counter()
+
+    async def come(self, rate: float) -> None:
+        due = time.monotonic()
+        while True:
+            due = max(due + self._random.expovariate(rate), time.monotonic() - 1)  # no burst after a time of being frozen
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            task = asyncio.create_task(self.call())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+            self._made += 1
+            if self._made % _CALLS_OF_A_CHANNEL == 0:
+                await self.renew()
+
+    async def call(self) -> None:
+        self.statuses[await self._status()] += 1
+
+    async def renew(self) -> None:
+        old, self._channel = self._channel, self._open()
+        closing = asyncio.create_task(old.close(grace=_CALL_SECONDS))
+        if not self._running:
+            await closing
+            await self._channel.channel_ready()
+            return
+        self._running.add(closing)
+        closing.add_done_callback(self._running.discard)
+
+    async def leave(self) -> None:
+        """The last call has ended, and one connection is left."""
+        await asyncio.gather(*self._running)
+        await self.renew()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def _open(self) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(self._target, options=[("grpc.use_local_subchannel_pool", 1)])
+
+    async def _status(self) -> str:
+        draw, stub = self._random, transformer_pb2_grpc.TransformerStub(self._channel)
+        kind, leaves = draw.random(), draw.random()
+        timeout = draw.uniform(0.001, 0.05) if leaves < 0.05 else _CALL_SECONDS
+        try:
+            if kind < 0.4:
+                call = stub.Generate(self._generation(), timeout=timeout)
+            elif kind < 0.8:
+                call = stub.GenerateStream(self._generation(), timeout=timeout)
+            elif kind < 0.9:
+                source, target = pb.Input(text=self._text()), pb.Input(text=self._text())
+                call = stub.Score(pb.ScoreRequest(pairs=[pb.ScorePair(source=source, target=target)]), timeout=timeout)
+            elif kind < 0.95:
+                call = stub.Tokenize(pb.TokenizeRequest(texts=[self._text()]), timeout=timeout)
+            else:
+                call = stub.Generate(pb.GenerateRequest(), timeout=timeout)
+            if leaves > 0.95:
+                asyncio.get_running_loop().call_later(draw.uniform(0.001, 0.05), call.cancel)
+            if 0.4 <= kind < 0.8:
+                async for _ in call:
+                    pass
+            else:
+                await call
+        except grpc.aio.AioRpcError as error:
+            return str(error.code().name)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            return "CANCELLED"
+        return "OK"
+
+    def _generation(self) -> pb.GenerateRequest:
+        draw = self._random
+        options = pb.GenerationOptions(beams=draw.choice([1, 1, 2]))
+        if draw.random() < 0.2:
+            options = pb.GenerationOptions(sampling=pb.Sampling(seed=draw.randrange(2**32)), no_repeat_ngram=3)
+        inputs = [pb.Input(text=self._text()) for _ in range(draw.choice([1, 1, 3]))]
+        return pb.GenerateRequest(inputs=inputs, options=options, return_tokens=draw.random() < 0.3)
+
+    def _text(self) -> str:
+        return "".join(self._random.choices(_LETTERS, k=self._random.randint(1, 12)))
+
+
+def _open_things(resting: Resting) -> tuple[int, int]:
+    return resting.descriptors, resting.tasks
+
+
+async def _sample(server: ServerProcess, seconds: float, calls: int) -> Sample:
+    return Sample(
+        seconds=seconds,
+        calls=calls,
+        front_end=await server.resting(),
+        engine_memory=sum(anonymous_bytes(pid) for pid in server.engines),
+    )
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(help="Directory made by `python -m export`; without one, a tiny model with random weights."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Length of the load.")] = 60.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="Calls a second.")] = 40.0,
+    most_bytes: Annotated[float, typer.Option(min=0.0, help="Growth for each call that is none.")] = MOST_BYTES,
+    plant_leak: Annotated[bool, typer.Option("--plant-leak", help="Serve with a server that leaks 1 KB a call.")] = False,
+    seed: Annotated[int, typer.Option(help="Fixes what is asked.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every sample here, a line each.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw memory over time here.")] = None,
+) -> None:
+    """Starts a server of its own, and exits with 1 unless memory, descriptors and tasks stood still."""
+
+    if json_file is not None:
+        json_file.write_text("", encoding="utf-8")
+
+    def say(sample: Sample) -> None:
+        if json_file is not None:  # at once: a run that is broken off has something to show, too
+            with json_file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(asdict(sample)) + "\n")
+        if int(sample.seconds / 60) > int((sample.seconds - every) / 60):
+            print(_row(sample), flush=True)
+
+    async def run(served: Path) -> Report:
+        flags = ("--device", "cpu", "--engines", "1", "--threads", "1", *((PLANT_LEAK,) if plant_leak else ()))
+        async with server_process(served, *flags, module="tests.load.watched_server") as server:
+            return await soak(server, 60 * minutes, rate=rate, every=every, seed=seed, say=say)
+
+    every = min(5.0, 60 * minutes / 100)
+    with tempfile.TemporaryDirectory() as folder:
+        report = asyncio.run(run(bundle or _tiny_bundle(Path(folder))))
+    last = report.samples[-1]
+    facts = [
+        f"{last.seconds / 60:.1f} minutes, {last.calls} calls: {dict(report.statuses)}",
+        f"descriptors and tasks: {report.before} before, {report.after} after",
+    ]
+    for name, growth in (("front end", report.growth(front_end)), ("engine", report.growth(engine))):
+        hourly = 3600 * last.calls / last.seconds / 2**20
+        facts.append(
+            f"{name}: {growth.middle:+.1f} bytes a call (95 %: {growth.low:+.1f} to {growth.high:+.1f}),"
+            f" at this rate {growth.middle * hourly:+.2f} MiB an hour (to {growth.high * hourly:+.2f})"
+        )
+    if png is not None:
+        from tests.load.soak_plot import draw  # matplotlib takes a second
+
+        draw(report.samples, png)
+    conclude(facts, report.problems(most_bytes))
+
+
+def _row(sample: Sample) -> str:
+    return (
+        f"{sample.seconds / 60:6.1f} min {sample.calls:8} calls: front end {sample.front_end.memory / 2**20:7.2f} MiB,"
+        f" engine {sample.engine_memory / 2**20:7.2f} MiB, {sample.front_end.descriptors} descriptors,"
+        f" {sample.front_end.tasks} tasks, {sample.front_end.threads} threads"
+    )
+
+
+def _tiny_bundle(folder: Path) -> Path:
+    from tests import tiny  # brings torch along
+
+    return tiny.write_bundle(folder / "tiny", "encoder_decoder")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m tests.load.soak")

@@ -1,0 +1,60 @@
+"""A short form of ``python -m tests.load.fuzz``, and that it can find what it looks for."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from server import convert
+from tests.load.fuzz.attack import attack
+from tests.load.fuzz.calls import request_of
+from tests.load.fuzz.in_process import through_the_service
+from tests.load.fuzz.mutation import METHODS, mutate_field, valid_request
+from tests.load.running import server_process
+
+FLAGS = ("--device", "cpu", "--engines", "1", "--threads", "1", "--max-rows", "8")
+
+
+async def test_strangers_do_no_harm(bundles: dict[str, Path]) -> None:
+    async with server_process(*bundles.values(), *FLAGS, module="tests.load.watched_server") as server:
+        report = await attack(server, 1, calls=range(600), abuses=range(28))
+    assert report.problems == []
+    assert report.calls.total() == 600
+    assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= report.calls.keys()
+    assert len(report.connections) == 14
+    assert report.songs > 3
+
+
+async def test_no_request_is_a_fault_of_the_service() -> None:
+    ends, problems = await through_the_service(1, range(3000))
+    assert problems == []
+    assert ends["answered"] > 300
+    assert ends["INVALID_REQUEST"] > 300
+
+
+async def test_a_fault_of_the_service_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "_decimal", lambda value: 1 / value)
+    _, problems = await through_the_service(1, range(2000))
+    assert problems
+    assert "ZeroDivisionError" in problems[0]
+
+
+def test_a_number_makes_the_same_request_again() -> None:
+    assert [request_of(1, number) for number in range(200)] == [request_of(1, number) for number in range(200)]
+    assert request_of(1, 7) != request_of(2, 7)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_field_of_a_request_is_mutated(method) -> None:  # type: ignore[no-untyped-def]
+    rng, changed = random.Random(1), set[str]()
+    for _ in range(300):
+        before, after = (valid_request(random.Random(2), method) for _ in range(2))
+        mutate_field(rng, after)
+        changed |= {field.name for field in method.input_type.fields if _differs(before, after, field.name)}
+    assert changed == set(method.input_type.fields_by_name)
+
+
+def _differs(one, other, name: str) -> bool:  # type: ignore[no-untyped-def]
+    return repr(getattr(one, name)) != repr(getattr(other, name))
