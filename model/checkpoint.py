@@ -80,7 +80,7 @@ def load_run(path: str | Path) -> Run:
     calibration = _read_lines(directory / "calibration.jsonl", {"input": list, "output": list})
     if tokenizer.vocab_size != config.vocab_size:
         raise RunError(f"{directory}: tokenizer of {tokenizer.vocab_size} ids beside a model of {config.vocab_size}")
-    weights = next((directory / name for name in WEIGHTS if (directory / name).exists()), directory / WEIGHTS[-1])
+    weights = weights_file(directory)
     model = Transformer(config)
     load_weights(model, weights)
     return Run(
@@ -93,6 +93,11 @@ def load_run(path: str | Path) -> Run:
         held_out=held_out,
         calibration=calibration,
     )
+
+
+def weights_file(directory: Path) -> Path:
+    """What ``load_run`` reads."""
+    return next((directory / name for name in WEIGHTS if (directory / name).exists()), directory / WEIGHTS[-1])
 
 
 def _read_sections(record: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

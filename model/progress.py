@@ -41,6 +41,8 @@ class Progress:
     evaluations_since_best: int = 0
     precision: str = "fp32"
     started: str = ""
+    started_from: str = ""
+    """sha256 of the weights training began with; empty: random ones."""
     inputs: dict[str, str] = field(default_factory=dict)
     """sha256 of the tokenizer and of every file of the corpus: a run goes on with the same ones or not at all."""
 

@@ -112,6 +112,8 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecipe:
+    start_from: str = ""
+    """A run of the same model: training begins with its weights and tokenizer instead of random weights."""
     max_updates: int
     max_epochs: int = 0
     """0: no limit, as for the next two."""

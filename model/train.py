@@ -21,6 +21,7 @@ from model.optim import make_optimizer
 from model.prepare import Prepared, prepare
 from model.progress import Progress, read_progress, restore
 from model.recipe import Recipe
+from model.start import read_start
 from model.tokenizer import Tokenizer
 from model.trainer import Trainer, TrainingError
 from model.transformer import Transformer
@@ -81,8 +82,10 @@ def _make_trainer(recipe: Recipe, out: Path, resume: bool, console: Console, wor
         raise TrainingError(str(error)) from error
     if device.type == "cpu":
         keep_freed_memory()
+    start = None if resume else read_start(recipe)
     if world.is_first:
-        prepared = prepare(recipe, Tokenizer.load(out / "tokenizer.json") if resume else None)
+        known = Tokenizer.load(out / "tokenizer.json") if resume else start.run.tokenizer if start else None
+        prepared = prepare(recipe, known)
         if not resume:
             _write_inputs(recipe, prepared, out)
     world.wait()
@@ -91,6 +94,8 @@ def _make_trainer(recipe: Recipe, out: Path, resume: bool, console: Console, wor
     inputs = {"tokenizer.json": digest(out / "tokenizer.json")} | prepared.digests
     torch.manual_seed(recipe.training.seed)
     model = Transformer(recipe.model_config(prepared.tokenizer.vocab_size)).to(device).train()
+    if start:
+        model.load_state_dict(start.run.model.state_dict())
     optimizer = make_optimizer(model, recipe.training)
     if resume:
         progress, tensors = read_progress(out, console.print)
@@ -99,6 +104,7 @@ def _make_trainer(recipe: Recipe, out: Path, resume: bool, console: Console, wor
     else:
         progress = Progress(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
+            started_from=start.sha256 if start else "",
             precision=pick_precision(recipe.training.precision, device),
             inputs=inputs,
         )

@@ -267,6 +267,7 @@ class Trainer:
         provenance = {
             "seed": recipe.training.seed,
             "started": progress.started,
+            "started_from": progress.started_from,
             "updates": progress.update,
             "epochs": progress.epoch,
             "seconds": round(progress.seconds, 1),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import model.trainer
 from model.checkpoint import Run, RunError, load_run
-from model.data import DataError
+from model.data import DataError, digest
 from model.prepare import prepare
 from model.recipe import Recipe, load_recipe
 from model.train import TrainingError, train
@@ -100,6 +100,25 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     train(parallel_recipe(tmp_path, "training.max_updates=10"), tmp_path / "longer", console=QUIET)
     train(parallel_recipe(tmp_path, "training.max_updates=12"), tmp_path / "longer", resume=True, console=QUIET)
     assert losses(tmp_path / "longer") == losses(tmp_path / "straight")
+
+
+def test_a_run_may_begin_where_another_ended(tmp_path: Path) -> None:
+    first = train(parallel_recipe(tmp_path), tmp_path / "first", console=QUIET)
+    onward = ["training.max_updates=4", "training.warmup_updates=0", "training.learning_rate=1e-4", "model.dropout=0.0"]
+    recipe = parallel_recipe(tmp_path, f"training.start_from={tmp_path / 'first'}", *onward)
+    second = train(recipe, tmp_path / "second", console=QUIET)
+    assert losses(tmp_path / "second")[0][1] < 0.7 * losses(tmp_path / "first")[0][1]
+    assert digest(tmp_path / "second" / "tokenizer.json") == digest(tmp_path / "first" / "tokenizer.json")
+    assert second.provenance["started_from"] == digest(tmp_path / "first" / "best.safetensors")
+    assert second.provenance["validation_loss"] <= 1.1 * first.provenance["validation_loss"]
+
+
+def test_a_run_does_not_begin_with_another_network(tmp_path: Path) -> None:
+    train(parallel_recipe(tmp_path, "training.max_updates=2", "training.warmup_updates=0"), tmp_path / "first", console=QUIET)
+    recipe = parallel_recipe(tmp_path, f"training.start_from={tmp_path / 'first'}", "model.heads=4", 'model.norm="pre"')
+    with pytest.raises(RunError, match=r"first: cannot start .* model.heads is 4 here and 2 there; model.norm is 'pre' here"):
+        train(recipe, tmp_path / "second", console=QUIET)
+    assert not (tmp_path / "second").exists()
 
 
 def test_another_recipe_cannot_resume(tmp_path: Path) -> None:
