@@ -11,6 +11,7 @@ A run is a directory:
     previous.safetensors   the same of one evaluation earlier, should the last one be damaged
     held_out.jsonl         examples that training never saw
     calibration.jsonl      a few training examples in ids
+    prepared/              the corpus in ids, unless the recipe's data.cache keeps it elsewhere; may be deleted
     log.jsonl              every update and evaluation
     report.html, plots/    the run on one page, and its pictures
 """

@@ -1,5 +1,6 @@
 """Real trainings, a second or two each, through the same door as the command line."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_each_kind_of_task_is_learned(
 def check_run_directory(out: Path, run: Run) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {"recipe.toml", "run.json", "tokenizer.json", "best.safetensors", "last.safetensors", "held_out.jsonl",
-                     "calibration.jsonl", "log.jsonl", "previous.safetensors"}  # fmt: skip
+                     "calibration.jsonl", "log.jsonl", "previous.safetensors", "prepared"}  # fmt: skip
     assert run.task["kind"] and run.generation["max_tokens"] == 256
     assert run.held_out and set(run.held_out[0]) in ({"source", "target"}, {"source", "label"})
     assert run.calibration and set(run.calibration[0]) == {"input", "output"}
@@ -190,10 +191,19 @@ def test_an_existing_directory_is_replaced_only_on_purpose(tmp_path: Path) -> No
         train(recipe, tmp_path / "precious" / "thesis.txt", console=QUIET)
 
 
-def test_damaged_data_leaves_no_run_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["train.de.gz", "validation.de.gz"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\x1f\x8b damaged", "de.gz: damaged gzip"),
+        (gzip.compress(b"ein mann\n"), r"en.gz has \d+ lines but .*de.gz has 1"),
+        (gzip.compress(b"\xff\n"), "de.gz: line 1 is not UTF-8"),
+    ],
+)
+def test_damaged_data_leaves_no_run_behind(content: bytes, problem: str, name: str, tmp_path: Path) -> None:
     recipe = parallel_recipe(tmp_path)
-    (tmp_path / "train.de.gz").write_bytes(b"\x1f\x8b damaged")
-    with pytest.raises(DataError, match=r"train.de.gz: damaged gzip"):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=problem):
         train(recipe, tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()
 
