@@ -48,7 +48,8 @@ def train(
 ) -> None:
     """Train a recipe into a run directory, and write its report.
 
-    On several devices or processes: torchrun --nproc-per-node N -m model train ...; training.accumulate is shared out.
+    On several devices or processes: torchrun --nproc-per-node N -m model train ...; training.accumulate is shared out;
+    with --set training.parallel=sharded each process holds a share of the model.
     """
     from model.report import write_report
     from model.train import train as train_recipe

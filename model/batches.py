@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Literal, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -111,10 +113,28 @@ def plan_batches(examples: Sequence[Example], batch_tokens: int, random: Random)
     return plan
 
 
-def windows(tokens: Sequence[int], context: int, offset: int = 0) -> list[Example]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows(Sequence[Example]):
     """A text cut into stretches of ``context`` tokens from ``offset`` on, each with its tokens one later as output."""
-    starts = range(offset, len(tokens) - 1, context)
-    return [Example(tokens[i : i + context][: len(tokens) - 1 - i], tokens[i + 1 : i + 1 + context]) for i in starts]
+
+    tokens: NDArray[np.int32]
+    """Of the whole text; may be mapped from a file."""
+    context: int
+    offset: int = 0
+
+    def __len__(self) -> int:
+        return len(range(self.offset, len(self.tokens) - 1, self.context))
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = range(self.offset, len(self.tokens) - 1, self.context)[index]
+        stretch = self.tokens[start : start + self.context + 1].tolist()
+        return Example(stretch[:-1], stretch[1:])
 
 
 def _collate_pairs(examples: list[Example]) -> Batch:

@@ -11,6 +11,7 @@ A run is a directory:
     previous.safetensors   the same of one evaluation earlier, should the last one be damaged
     held_out.jsonl         examples that training never saw
     calibration.jsonl      a few training examples in ids
+    prepared/              the corpus in ids, unless the recipe's data.cache keeps it elsewhere; may be deleted
     log.jsonl              every update and evaluation
     report.html, plots/    the run on one page, and its pictures
 """
@@ -80,7 +81,7 @@ def load_run(path: str | Path) -> Run:
     calibration = _read_lines(directory / "calibration.jsonl", {"input": list, "output": list})
     if tokenizer.vocab_size != config.vocab_size:
         raise RunError(f"{directory}: tokenizer of {tokenizer.vocab_size} ids beside a model of {config.vocab_size}")
-    weights = next((directory / name for name in WEIGHTS if (directory / name).exists()), directory / WEIGHTS[-1])
+    weights = weights_file(directory)
     model = Transformer(config)
     load_weights(model, weights)
     return Run(
@@ -93,6 +94,11 @@ def load_run(path: str | Path) -> Run:
         held_out=held_out,
         calibration=calibration,
     )
+
+
+def weights_file(directory: Path) -> Path:
+    """What ``load_run`` reads."""
+    return next((directory / name for name in WEIGHTS if (directory / name).exists()), directory / WEIGHTS[-1])
 
 
 def _read_sections(record: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,8 +10,17 @@ from model.checkpoint import RunError
 from model.files import remove_unfinished
 from model.recipe import Recipe, RecipeError, read_recipe
 
-MAY_CHANGE = ("max_updates", "max_epochs", "max_minutes", "patience", "metric_examples", "device")
-"""Settings of [training] that a resumed run may set anew: they say when to stop and where to run."""
+MAY_CHANGE = (
+    "data.cache",
+    "training.max_updates",
+    "training.max_epochs",
+    "training.max_minutes",
+    "training.patience",
+    "training.metric_examples",
+    "training.device",
+    "training.parallel",
+)
+"""Settings that a resumed run may set anew: they say when to stop and where to run."""
 
 
 def claim_directory(out: Path, recipe: Recipe, *, resume: bool, force: bool) -> None:
@@ -59,7 +68,7 @@ def _check_same_recipe(out: Path, recipe: Recipe) -> None:
         f"{section}.{key}"
         for section, values in asdict(recipe).items()
         for key, value in values.items()
-        if value != before[section][key] and not (section == "training" and key in MAY_CHANGE)
+        if value != before[section][key] and f"{section}.{key}" not in MAY_CHANGE
     ]
     if changed:
         raise RunError(f"{out}: cannot resume with another {', '.join(changed)}")

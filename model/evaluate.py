@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import metrics
-from model.batches import Corpus, Example, windows
+from model.batches import Corpus, Example, Windows
 from model.checkpoint import Run
 from model.data import DataError, read_labelled, read_parallel, read_text
 from model.decode import beam_search, greedy_batch, score
@@ -173,7 +173,7 @@ def _text_perplexity(run: Run, text: str) -> dict[str, float]:
     tokens = run.tokenizer.encode_text(text)
     if len(tokens) < 2:
         raise DataError("the text has fewer than 2 tokens")
-    examples = windows(tokens, run.config.max_target_length)
+    examples = Windows(np.array(tokens, np.int32), run.config.max_target_length)
     epoch = Corpus(examples=lambda _: examples, kind="language_model", batch_tokens=_BATCH_TOKENS, seed=0).epoch(0)
     nats = validate(run.model, epoch).loss
     return _perplexity(nats, nats * (len(tokens) - 1), len(run.tokenizer.decode(tokens[1:])))

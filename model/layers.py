@@ -80,6 +80,10 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_residual = Residual(config)
 
+    def read_source(self, states: Tensor) -> KeyValue:
+        """Keys and values [B, G, S, K] of the encoder's states [B, S, D]: the same at every step, so made once."""
+        return self.cross_attention.keys_values(states)
+
     def forward(
         self,
         x: Tensor,

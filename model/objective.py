@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from model.batches import Batch, Epoch
 from model.consistency import consistent_class_loss, consistent_cross_entropy, twice
+from model.distributed import World
 from model.loss import cross_entropy, negative_log_likelihood
 from model.transformer import Transformer
 
@@ -57,20 +58,29 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: Transformer, epoch: Epoch) -> Validation:
-    """Leaves the model in the mode it was in."""
+def validate(model: Transformer, epoch: Epoch, world: World | None = None) -> Validation:
+    """Leaves the model in the mode it was in. The processes of ``world`` share the batches, and all get the result."""
+    world = world or World()
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     loss, wrong, count = 0.0, 0, 0
-    for i in range(len(epoch)):
-        batch = epoch[i].to(device)
-        if model.config.has_decoder:
-            loss += float(negative_log_likelihood(model.features(*batch.inputs), model.output_weight, batch.labels))
-        else:
-            logits = model.classify(*batch.inputs).logits
-            assert logits is not None
-            loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
-            wrong += int((logits.argmax(-1) != batch.labels).sum())
-        count += epoch.label_count(i)
+    for first in range(0, len(epoch), world.size):
+        mine = first + world.rank
+        batch = epoch[min(mine, len(epoch) - 1)].to(device)  # sharded layers come together only if every process computes
+        batch_loss, batch_wrong = _measure(model, batch)
+        if mine < len(epoch):
+            loss, wrong, count = loss + batch_loss, wrong + batch_wrong, count + epoch.label_count(mine)
     model.train(was_training)
-    return Validation(loss / count, None if model.config.has_decoder else wrong / count)
+    all_loss, all_wrong, all_count = world.sum(loss, wrong, count)
+    return Validation(all_loss / all_count, None if model.config.has_decoder else all_wrong / all_count)
+
+
+def _measure(model: Transformer, batch: Batch) -> tuple[float, int]:
+    """The summed loss of a batch, and how many of its texts are classified wrongly."""
+    if model.config.has_decoder:
+        features = model.features(*batch.inputs)
+        return float(negative_log_likelihood(features, model.output_weight, batch.labels)), 0
+    logits = model.classify(*batch.inputs).logits
+    assert logits is not None
+    wrong = int((logits.argmax(-1) != batch.labels).sum())
+    return float(F.cross_entropy(logits, batch.labels, reduction="sum")), wrong

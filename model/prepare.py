@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
-from model.batches import Corpus, Example, windows
+import numpy as np
+from numpy.typing import NDArray
+
+from model.batches import Corpus, Example, Windows
 from model.data import DataError, digest, read_labelled, read_parallel, read_text
+from model.packed import PackedExamples, PackedFiles, pack
 from model.recipe import Recipe
 from model.tasks import HELD_OUT_PAIRS, TRAINING_PAIRS
 from model.tokenizer import Tokenizer, TokenizerError
+
+FORMAT = 1
+"""Raised when this module makes other ids of the same corpus: what was kept before is not looked at then."""
 
 Pairs = list[tuple[str, str]]
 
@@ -29,16 +38,75 @@ class Prepared:
     """Training examples that are empty or longer than the model's limits."""
 
 
-def prepare(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Prepared:
+def prepare(recipe: Recipe, tokenizer: Tokenizer | None = None, folder: Path | None = None) -> Prepared:
     """Raises DataError for a corpus, and TokenizerError for a tokenizer, that cannot be used.
 
     Args:
         tokenizer: of the run that goes on; None makes one.
+        folder: where tokenizer and examples are kept, and found again the next time; None keeps them in memory alone.
     """
     if recipe.data.generator:
         return _prepare_generated(recipe, tokenizer)
     make = {"sequence_to_sequence": _prepare_pairs, "language_model": _prepare_text, "classification": _prepare_labelled}
-    return make[recipe.task.kind](recipe, tokenizer)
+    return make[recipe.task.kind](_Files(recipe, _digests(recipe), PackedFiles(folder) if folder else None), tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The corpus of a recipe, and where what is made from it is kept."""
+
+    recipe: Recipe
+    digests: dict[str, str]
+    kept: PackedFiles | None
+
+    def tokenizer(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """Made from the training files' texts."""
+        recipe = self.recipe
+        names = [*recipe.data.train, *filter(None, [recipe.tokenizer.codes])]
+        origin = asdict(recipe.tokenizer) | self._origin(names)
+
+        def make() -> str:
+            return _make_tokenizer(recipe, list(texts())).to_json()
+
+        return Tokenizer.from_json(self.kept.text(origin, make) if self.kept else make())
+
+    def examples(
+        self, tokenizer: Tokenizer, names: Sequence[str], part: str, make: Callable[[], list[Example]]
+    ) -> PackedExamples:
+        """The examples that ``make`` encodes from the files ``names``.
+
+        Args:
+            part: what else distinguishes them from others of the same files.
+        """
+        if not self.kept:
+            return pack(make())
+        return self.kept.examples(self._origin(names) | {"tokenizer": tokenizer.to_json(), "part": part}, make)
+
+    def fitting(self, tokenizer: Tokenizer, names: Sequence[str], make: Callable[[], list[Example]]) -> PackedExamples:
+        """Those that are not empty on either side and fit into the model."""
+        examples, model = self.examples(tokenizer, names, "all", make), self.recipe.model
+        inputs, outputs = examples.lengths().T  # [N] each
+        longest_output = (model.max_target_length or 2) - 1  # the start token takes a place
+        keep = (inputs > 1) & (inputs <= model.max_source_length) & (outputs >= 1) & (outputs <= longest_output)
+        if not keep.any():
+            raise DataError(f"{', '.join(names)}: no example is neither empty nor longer than the model's limits")
+        return examples.only(keep)
+
+    def corpus(self, examples: Callable[[int], Sequence[Example]]) -> Corpus:
+        recipe = self.recipe
+        return Corpus(
+            examples=examples, kind=recipe.task.kind, batch_tokens=recipe.training.batch_tokens, seed=recipe.training.seed
+        )
+
+    def _origin(self, names: Sequence[str]) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "format": FORMAT,
+            "kind": recipe.task.kind,
+            "labels": recipe.task.labels,
+            "validation_fraction": recipe.data.validation_fraction,
+            "files": [self.digests[name] for name in names],
+        }
 
 
 def _prepare_generated(recipe: Recipe, tokenizer: Tokenizer | None) -> Prepared:
@@ -46,7 +114,7 @@ def _prepare_generated(recipe: Recipe, tokenizer: Tokenizer | None) -> Prepared:
     held_out = list(HELD_OUT_PAIRS[data.generator](seed, data.held_out))
     if tokenizer is None:
         tokenizer = _make_tokenizer(recipe, [text for pair in make_pairs(seed, 20_000) for text in pair])
-    ready = tokenizer
+    ready, files = tokenizer, _Files(recipe, {}, None)
 
     def examples(epoch: int) -> list[Example]:
         # Each epoch has pairs of its own: seeds of different epochs and recipes must not meet.
@@ -55,80 +123,94 @@ def _prepare_generated(recipe: Recipe, tokenizer: Tokenizer | None) -> Prepared:
     validation = _encode_pairs(ready, list(HELD_OUT_PAIRS[data.generator](seed + 1, 1000)))
     return Prepared(
         tokenizer=ready,
-        train=Corpus(examples=examples, kind=recipe.task.kind, batch_tokens=recipe.training.batch_tokens, seed=seed),
-        validation=_corpus(recipe, validation),
+        train=files.corpus(examples),
+        validation=files.corpus(lambda epoch: validation),
         held_out=[{"source": source, "target": target} for source, target in held_out],
         digests={},
         left_out=0,
     )
 
 
-def _prepare_pairs(recipe: Recipe, tokenizer: Tokenizer | None) -> Prepared:
-    data = recipe.data
-    train, validation = (read_parallel(*map(recipe.path, names)) for names in (data.train, data.validation))
-    test = read_parallel(*map(recipe.path, data.test)) if data.test else validation
-    tokenizer = tokenizer or _make_tokenizer(recipe, [text for pair in train for text in pair])
-    examples = _fitting(_encode_pairs(tokenizer, train), recipe, data.train)
+def _prepare_pairs(files: _Files, known: Tokenizer | None) -> Prepared:
+    recipe, data = files.recipe, files.recipe.data
+
+    @cache
+    def read(names: tuple[str, ...]) -> Pairs:
+        return read_parallel(*map(recipe.path, names))
+
+    tokenizer = known or files.tokenizer(lambda: (text for pair in read(data.train) for text in pair))
+
+    def fitting(names: tuple[str, ...]) -> PackedExamples:
+        return files.fitting(tokenizer, names, lambda: _encode_pairs(tokenizer, read(names)))
+
+    train, validation = fitting(data.train), fitting(data.validation)
     return Prepared(
         tokenizer=tokenizer,
-        train=_corpus(recipe, examples),
-        validation=_corpus(recipe, _fitting(_encode_pairs(tokenizer, validation), recipe, data.validation)),
-        held_out=[{"source": source, "target": target} for source, target in test[: data.held_out]],
-        digests=_digests(recipe),
-        left_out=len(train) - len(examples),
+        train=files.corpus(lambda epoch: train),
+        validation=files.corpus(lambda epoch: validation),
+        held_out=[{"source": s, "target": t} for s, t in read(data.test or data.validation)[: data.held_out]],
+        digests=files.digests,
+        left_out=len(train.ends) - len(train),
     )
 
 
-def _prepare_text(recipe: Recipe, tokenizer: Tokenizer | None) -> Prepared:
-    data, context = recipe.data, recipe.model.max_target_length
-    text = "".join(read_text(recipe.path(name)) for name in data.train)
-    if data.validation:
-        validation = "".join(read_text(recipe.path(name)) for name in data.validation)
-    else:
+def _prepare_text(files: _Files, known: Tokenizer | None) -> Prepared:
+    recipe, data = files.recipe, files.recipe.data
+    context = recipe.model.max_target_length
+
+    @cache
+    def read() -> tuple[str, str]:
+        """To train on, and to validate."""
+        text = "".join(read_text(recipe.path(name)) for name in data.train)
+        if data.validation:
+            return text, "".join(read_text(recipe.path(name)) for name in data.validation)
         split = int(len(text) * (1 - data.validation_fraction))
-        text, validation = text[:split], text[split:]
-    tokenizer = tokenizer or _make_tokenizer(recipe, [text])
-    tokens, validation_tokens = tokenizer.encode_text(text), tokenizer.encode_text(validation)
+        return text[:split], text[split:]
+
+    tokenizer = known or files.tokenizer(lambda: read()[:1])
+
+    def ids(part: int) -> NDArray[np.int32]:
+        names = [*data.train, *data.validation]
+        return files.examples(tokenizer, names, str(part), lambda: [Example(tokenizer.encode_text(read()[part]), [])]).ids
+
+    tokens, validation_tokens = ids(0), ids(1)
     if len(tokens) <= context or len(validation_tokens) < 2:
         raise DataError(f"{', '.join(data.train)}: {len(tokens)} tokens to train on, not enough for a context of {context}")
 
-    def examples(epoch: int) -> list[Example]:
+    def examples(epoch: int) -> Windows:
         """Windows that begin somewhere else in every epoch."""
-        return windows(tokens, context, Random(f"offset, {recipe.training.seed}, {epoch}").randrange(context))
+        return Windows(tokens, context, Random(f"offset, {recipe.training.seed}, {epoch}").randrange(context))
 
-    training = recipe.training
     return Prepared(
         tokenizer=tokenizer,
-        train=Corpus(examples=examples, kind=recipe.task.kind, batch_tokens=training.batch_tokens, seed=training.seed),
-        validation=_corpus(recipe, windows(validation_tokens, context)),
-        held_out=_continuations(tokenizer, validation_tokens, context)[: data.held_out],
-        digests=_digests(recipe),
+        train=files.corpus(examples),
+        validation=files.corpus(lambda epoch: Windows(validation_tokens, context)),
+        held_out=_continuations(tokenizer, validation_tokens, context, data.held_out),
+        digests=files.digests,
         left_out=0,
     )
 
 
-def _prepare_labelled(recipe: Recipe, tokenizer: Tokenizer | None) -> Prepared:
-    data, labels = recipe.data, recipe.task.labels
-    train, validation, test = (
-        [example for name in names for example in read_labelled(recipe.path(name), labels)]
-        for names in (data.train, data.validation, data.test)
-    )
-    tokenizer = tokenizer or _make_tokenizer(recipe, [text for text, _ in train])
-    examples = _fitting(_encode_labelled(tokenizer, train), recipe, data.train)
+def _prepare_labelled(files: _Files, known: Tokenizer | None) -> Prepared:
+    recipe, data, labels = files.recipe, files.recipe.data, files.recipe.task.labels
+
+    @cache
+    def read(names: tuple[str, ...]) -> list[tuple[str, int]]:
+        return [example for name in names for example in read_labelled(recipe.path(name), labels)]
+
+    tokenizer = known or files.tokenizer(lambda: (text for text, _ in read(data.train)))
+
+    def fitting(names: tuple[str, ...]) -> PackedExamples:
+        return files.fitting(tokenizer, names, lambda: _encode_labelled(tokenizer, read(names)))
+
+    train, validation = fitting(data.train), fitting(data.validation)
     return Prepared(
         tokenizer=tokenizer,
-        train=_corpus(recipe, examples),
-        validation=_corpus(recipe, _fitting(_encode_labelled(tokenizer, validation), recipe, data.validation)),
-        held_out=[{"source": text, "label": labels[c]} for text, c in (test or validation)[: data.held_out]],
-        digests=_digests(recipe),
-        left_out=len(train) - len(examples),
-    )
-
-
-def _corpus(recipe: Recipe, examples: list[Example]) -> Corpus:
-    training = recipe.training
-    return Corpus(
-        examples=lambda epoch: examples, kind=recipe.task.kind, batch_tokens=training.batch_tokens, seed=training.seed
+        train=files.corpus(lambda epoch: train),
+        validation=files.corpus(lambda epoch: validation),
+        held_out=[{"source": s, "label": labels[c]} for s, c in read(data.test or data.validation)[: data.held_out]],
+        digests=files.digests,
+        left_out=len(train.ends) - len(train),
     )
 
 
@@ -156,24 +238,22 @@ def _encode_labelled(tokenizer: Tokenizer, examples: list[tuple[str, int]]) -> l
     return [Example([*source, Tokenizer.EOS], [c]) for source, (_, c) in zip(sources, examples, strict=True)]
 
 
-def _fitting(examples: list[Example], recipe: Recipe, names: Sequence[str]) -> list[Example]:
-    """Those that are not empty on either side and fit into the model."""
-    longest_source = recipe.model.max_source_length
-    longest_target = (recipe.model.max_target_length or 2) - 1  # the start token takes a place
-    fitting = [e for e in examples if 1 < len(e.input) <= longest_source and 1 <= len(e.output) <= longest_target]
-    if not fitting:
-        raise DataError(f"{', '.join(names)}: no example is neither empty nor longer than the model's limits")
-    return fitting
-
-
-def _continuations(tokenizer: Tokenizer, tokens: list[int], context: int) -> list[dict[str, Any]]:
-    """Prompts of a quarter of the context, with the text that follows them."""
-    prompt = max(1, context // 4)
-    pieces = [tokens[i : i + context] for i in range(0, len(tokens) - context + 1, context)] or [tokens]
-    pairs = [(tokenizer.decode(piece[:prompt]), tokenizer.decode(piece[prompt:])) for piece in pieces]
-    return [{"source": s, "target": t} for s, t in pairs if s.strip() and t and "\ufffd" not in s + t]
+def _continuations(tokenizer: Tokenizer, tokens: NDArray[np.int32], context: int, count: int) -> list[dict[str, Any]]:
+    """At most ``count`` prompts of a quarter of the context, with the text that follows them."""
+    prompt, found = max(1, context // 4), list[dict[str, Any]]()
+    for start in range(0, max(1, len(tokens) - context + 1), context):
+        piece = tokens[start : start + context].tolist()
+        source, target = tokenizer.decode(piece[:prompt]), tokenizer.decode(piece[prompt:])
+        if source.strip() and target and "\ufffd" not in source + target:
+            found.append({"source": source, "target": target})
+        if len(found) == count:
+            break
+    return found
 
 
 def _digests(recipe: Recipe) -> dict[str, str]:
     names = [*recipe.data.train, *recipe.data.validation, *recipe.data.test, *filter(None, [recipe.tokenizer.codes])]
-    return {name: digest(recipe.path(name)) for name in names}
+    try:
+        return {name: digest(recipe.path(name)) for name in names}
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from error

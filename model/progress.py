@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from model.checkpoint import STATE, RunError, fill_model, read_tensors
+from model.distributed import share_like
 from model.files import write_atomically
 from model.transformer import Transformer
 
@@ -41,17 +42,29 @@ class Progress:
     evaluations_since_best: int = 0
     precision: str = "fp32"
     started: str = ""
+    started_from: str = ""
+    """sha256 of the weights training began with; empty: random ones."""
     inputs: dict[str, str] = field(default_factory=dict)
     """sha256 of the tokenizer and of every file of the corpus: a run goes on with the same ones or not at all."""
 
 
-def save_progress(model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress, directory: Path) -> None:
-    """One file, so that weights, optimiser and position always belong together. The file before it is kept."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{STATE}optimizer/{index}/{name}"] = value.detach().cpu().contiguous()
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Its state, by names that ``restore_optimizer`` knows."""
+    return {
+        f"{STATE}optimizer/{index}/{name}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def save_progress(weights: dict[str, Tensor], optimizer: dict[str, Tensor], progress: Progress, directory: Path) -> None:
+    """One file, so that weights, optimiser and position always belong together. The file before it is kept.
+
+    Args:
+        optimizer: from ``optimizer_tensors``.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights | optimizer).items()}
     content = save(tensors, {"progress": json.dumps(asdict(progress)), "sha256": _digest(tensors)})
     newest, previous = (directory / name for name in NEWEST_FIRST)
 
@@ -97,14 +110,19 @@ def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
         raise RunError(f"{path}: does not hold the state of a training: {error}") from error
 
 
-def restore(model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], origin: Path) -> None:
-    """Puts model and optimiser back to where ``save_progress`` saw them. Raises RunError if they are of another shape."""
+def restore_weights(model: Transformer, tensors: dict[str, Tensor], origin: Path) -> None:
+    """Puts the model back to where ``save_progress`` saw it. Raises RunError if it is of another shape."""
     fill_model(model, {name: tensor for name, tensor in tensors.items() if not name.startswith(STATE)}, origin)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The same for an optimiser of the restored model."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(STATE):
             index, key = name.removeprefix(f"{STATE}optimizer/").split("/")
-            state.setdefault(int(index), {})[key] = tensor
+            state.setdefault(int(index), {})[key] = share_like(tensor, parameters[int(index)])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

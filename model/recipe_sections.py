@@ -56,6 +56,8 @@ class DataRecipe:
     """A task of model/tasks instead of files."""
     epoch_pairs: int = 0
     """Pairs that the generator makes for each epoch, new ones every time."""
+    cache: str = ""
+    """The folder of the corpus in ids, which runs may share; empty: prepared/ beside the run."""
     held_out: int = 1000
     """Examples kept beside the model for checking whatever is made of it later."""
 
@@ -112,6 +114,8 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecipe:
+    start_from: str = ""
+    """A run of the same model: training begins with its weights and tokenizer instead of random weights."""
     max_updates: int
     max_epochs: int = 0
     """0: no limit, as for the next two."""
@@ -149,6 +153,8 @@ class TrainingRecipe:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the processor multiplies bf16 faster."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    parallel: Literal["replicated", "sharded"] = "replicated"
+    """With several processes: each holds the whole model, or a share of it (FSDP2), for models that no device holds alone."""
     seed: int = 1
 
     def problems(self) -> list[str]:

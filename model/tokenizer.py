@@ -116,7 +116,11 @@ class Tokenizer:
         return cls(_subword_nmt_library([*SPECIAL_TOKENS, *used, _END_OF_VOCABULARY, *steps], merges))
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self._library.to_str(), encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """``from_json`` gives it back."""
+        return str(self._library.to_str())
 
     def encode_text(self, text: str) -> list[int]:
         """The tokens of a target or a prompt, without special tokens."""

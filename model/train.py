@@ -5,6 +5,7 @@ Started by ``torchrun``, every process comes through here; the first one writes.
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from rich.console import Console
 
 from model.checkpoint import Run, load_run
 from model.claim import check_same_inputs, claim_directory
-from model.data import digest
+from model.data import DataError, digest
 from model.device import keep_freed_memory, pick_device, pick_precision
 from model.distributed import World, join
 from model.files import write_json_lines, write_text
 from model.optim import make_optimizer
 from model.prepare import Prepared, prepare
-from model.progress import Progress, read_progress, restore
+from model.progress import Progress, read_progress, restore_optimizer, restore_weights
 from model.recipe import Recipe
-from model.tokenizer import Tokenizer
+from model.start import read_start
+from model.tokenizer import Tokenizer, TokenizerError
 from model.trainer import Trainer, TrainingError
 from model.transformer import Transformer
 
@@ -50,7 +52,7 @@ def train(
         DataError, TokenizerError: for a corpus that cannot be used.
         TrainingError: the device is not there, the disk is full, or the loss is no number any more.
     """
-    with join() as world:
+    with join(sharded=recipe.training.parallel == "sharded") as world:
         console = (console or Console(stderr=True)) if world.is_first else Console(quiet=True)
         trainer = None
         try:
@@ -81,27 +83,41 @@ def _make_trainer(recipe: Recipe, out: Path, resume: bool, console: Console, wor
         raise TrainingError(str(error)) from error
     if device.type == "cpu":
         keep_freed_memory()
+    start = None if resume else read_start(recipe)
+    folder = Path(recipe.data.cache).expanduser() if recipe.data.cache else out / "prepared"
     if world.is_first:
-        prepared = prepare(recipe, Tokenizer.load(out / "tokenizer.json") if resume else None)
+        known = Tokenizer.load(out / "tokenizer.json") if resume else start.run.tokenizer if start else None
+        try:
+            prepared = prepare(recipe, known, folder)
+        except (DataError, TokenizerError):
+            if not resume and out.exists():  # what was prepared before; the directory was claimed, and is not a run yet
+                shutil.rmtree(out)
+            raise
         if not resume:
             _write_inputs(recipe, prepared, out)
     world.wait()
     if not world.is_first:
-        prepared = prepare(recipe, Tokenizer.load(out / "tokenizer.json"))
+        prepared = prepare(recipe, Tokenizer.load(out / "tokenizer.json"), folder)
     inputs = {"tokenizer.json": digest(out / "tokenizer.json")} | prepared.digests
     torch.manual_seed(recipe.training.seed)
-    model = Transformer(recipe.model_config(prepared.tokenizer.vocab_size)).to(device).train()
-    optimizer = make_optimizer(model, recipe.training)
+    model = Transformer(recipe.model_config(prepared.tokenizer.vocab_size)).train()
+    if start:
+        model.load_state_dict(start.run.model.state_dict())
     if resume:
         progress, tensors = read_progress(out, console.print)
         check_same_inputs(out, progress.inputs, inputs)
-        restore(model, optimizer, tensors, out)
+        restore_weights(model, tensors, out)
     else:
         progress = Progress(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
+            started_from=start.sha256 if start else "",
             precision=pick_precision(recipe.training.precision, device),
             inputs=inputs,
         )
+    model = world.place(model, device)
+    optimizer = make_optimizer(model, recipe.training)
+    if resume:
+        restore_optimizer(optimizer, tensors)
     if world.is_first:
         write_text(out / "recipe.toml", recipe.to_toml())
     return Trainer(

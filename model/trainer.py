@@ -16,16 +16,17 @@ from random import Random
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from model.batches import Epoch
-from model.checkpoint import average_weights, load_run, load_weights, save_weights, write_record
+from model.checkpoint import average_weights, load_run, save_weights, write_record
 from model.device import PRECISIONS, describe_machine
 from model.distributed import World, keep_gradients_here
 from model.evaluate import evaluate_run, greedy_metric
 from model.objective import TrainingLoss, Validation, validate
 from model.prepare import Prepared
-from model.progress import Progress, save_progress
+from model.progress import Progress, optimizer_tensors, save_progress
 from model.recipe import Recipe
 from model.scalars import Scalars
 from model.schedule import learning_rate
@@ -88,9 +89,13 @@ class Trainer:
 
     def finish(self) -> None:
         """Averages checkpoints if the recipe says so, measures the task's metric and records it."""
-        self._write_average()
+        averaged = self._write_average()
         run = load_run(self.out)
-        run.model.to(self.device)
+        if not self.world.sharded:  # who shares a model out has no device for all of it
+            run.model.to(self.device)
+        if averaged:
+            loss, best = validate(run.model, self.validation).loss, self.progress.best[-1]
+            self._say(f"average of {averaged} checkpoints: validation loss {loss:.4f}; best single one {best:.4f}")
         metrics = evaluate_run(run)
         for name, value in metrics.items():
             self._say(f"{name}: {value:.4f}")
@@ -119,7 +124,7 @@ class Trainer:
             group["lr"] = rate
         labels = sum(epoch.label_count(i) for i in batches)
         mean_loss = self._backward(epoch, batches, labels)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf).item()
+        norm = self._clip(settings.clip_norm or math.inf)
         if not math.isfinite(mean_loss + norm):
             raise TrainingError(
                 f"loss {mean_loss:g} and gradient norm {norm:g} at update {progress.update + 1} (learning rate {rate:.2g}): "
@@ -149,11 +154,12 @@ class Trainer:
         """
         world, total = self.world, 0.0
         mine = batches[world.rank :: world.size]
-        weight = world.size / labels if mine else 0.0  # gradients are averaged over processes; who has no batch adds nothing
-        for i in mine or batches[:1]:
+        rounds = -(-len(batches) // world.size)
+        for turn in range(rounds):  # as many in every process: who has fewer batches repeats one, and adds nothing
+            i = mine[turn] if turn < len(mine) else batches[0]
+            weight = world.size / labels if turn < len(mine) else 0.0  # gradients are averaged over processes
             torch.manual_seed(Random(f"dropout, {self.recipe.training.seed}, {self.progress.epoch}, {i}").getrandbits(63))
-            is_last = not mine or i == mine[-1]
-            with nullcontext() if is_last else keep_gradients_here(self.loss):
+            with nullcontext() if turn == rounds - 1 else keep_gradients_here(self.loss):
                 loss = self.loss(epoch[i].to(self.device)) * weight
                 loss.backward()
             total += loss.item()
@@ -161,28 +167,31 @@ class Trainer:
         mean_loss, self.progress.seconds = world.sum(total / world.size, clock if world.is_first else 0.0)
         return mean_loss
 
+    def _clip(self, longest: float) -> float:
+        """Shortens the gradient to ``longest``; returns how long it was."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
     def _evaluate(self) -> None:
         """Validation; best.safetensors if it is the best so far; a checkpoint and run.json in any case."""
-        progress, world = self.progress, self.world
-        validation = validate(self.model, self.validation) if world.is_first else Validation(0.0)
-        has_error = not self.model.config.has_decoder
-        loss, error = world.from_first(validation.loss, validation.error or 0.0)
-        validation = Validation(loss, error if has_error else None)
+        progress = self.progress
+        validation = validate(self.model, self.validation, self.world)
         better = not progress.best or validation.rank() < progress.best
         if better:
             progress.best, progress.evaluations_since_best = validation.rank(), 0
         else:
             progress.evaluations_since_best += 1
+        weights, optimizer = (self.world.gather(x) for x in (self.model.state_dict(), optimizer_tensors(self.optimizer)))
         if self.log:
-            self._save(validation, better)
+            self._save(validation, better, weights, optimizer)
 
-    def _save(self, validation: Validation, better: bool) -> None:
+    def _save(self, validation: Validation, better: bool, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """The checkpoint comes last: whatever is cut off before it is done again after a resume."""
         progress = self.progress
         if better:
-            save_weights(self.model.state_dict(), self.out / "best.safetensors")
+            save_weights(weights, self.out / "best.safetensors")
         if self.recipe.training.average_last:
-            self._keep_for_average()
+            self._keep_for_average(weights)
         entry = {"update": progress.update, "epoch": progress.epoch, "validation_loss": validation.loss}
         entry |= {} if validation.error is None else {"validation_error": validation.error}
         entry |= self._task_metric(validation)
@@ -190,7 +199,7 @@ class Trainer:
         assert self.log
         self.log.evaluation(entry | {"seconds": round(progress.seconds, 3)}, better)
         self._write_record({})
-        save_progress(self.model, self.optimizer, progress, self.out)
+        save_progress(weights, optimizer, progress, self.out)
         self.saved = progress.update
 
     def _task_metric(self, validation: Validation) -> dict[str, float]:
@@ -200,7 +209,7 @@ class Trainer:
             return {task.metric: math.exp(min(validation.loss, 700.0))}
         if validation.error is not None:
             return {task.metric: 100.0 * (1.0 - validation.error)}
-        if not count:
+        if not count or self.world.sharded:
             return {}
         self.model.eval()
         limit = min(self.recipe.generation.max_tokens, self.model.config.max_target_length)
@@ -209,23 +218,23 @@ class Trainer:
         self.model.train()
         return {task.metric: value}
 
-    def _keep_for_average(self) -> None:
+    def _keep_for_average(self, weights: dict[str, Tensor]) -> None:
         folder = self.out / "checkpoints"
         folder.mkdir(exist_ok=True)
-        save_weights(self.model.state_dict(), folder / f"{self.progress.update:08}.safetensors")
+        save_weights(weights, folder / f"{self.progress.update:08}.safetensors")
         for old in sorted(folder.glob("*.safetensors"))[: -self.recipe.training.average_last]:
             old.unlink()
 
-    def _write_average(self) -> None:
-        """average.safetensors. Its output is better than its validation loss: that may be no lower than the best single one."""
+    def _write_average(self) -> int:
+        """average.safetensors, of as many checkpoints as are returned; 0: none.
+
+        Its output is better than its validation loss: that may be no lower than the best single one.
+        """
         paths = sorted((self.out / "checkpoints").glob("*.safetensors"))
         if len(paths) < 2:
-            return
-        average = self.out / "average.safetensors"
-        save_weights(average_weights(paths), average)
-        load_weights(self.model, average)
-        loss, best = validate(self.model, self.validation).loss, self.progress.best[-1]
-        self._say(f"average of {len(paths)} checkpoints: validation loss {loss:.4f}; best single one {best:.4f}")
+            return 0
+        save_weights(average_weights(paths), self.out / "average.safetensors")
+        return len(paths)
 
     def _is_over(self) -> str:
         """Why training is over; empty while it is not."""
@@ -267,6 +276,7 @@ class Trainer:
         provenance = {
             "seed": recipe.training.seed,
             "started": progress.started,
+            "started_from": progress.started_from,
             "updates": progress.update,
             "epochs": progress.epoch,
             "seconds": round(progress.seconds, 1),

@@ -167,7 +167,7 @@ class Transformer(nn.Module):
         """Everything the decoder needs of the source."""
         states, mask = self.encode(source, lengths)
         layers = cast(Iterable[DecoderLayer], self.decoder)
-        return Memory([layer.cross_attention.keys_values(states) for layer in layers], mask)
+        return Memory([layer.read_source(states) for layer in layers], mask)
 
     def decode(
         self, tokens: Tensor, memory: Memory | None = None, cache: list[KeyValue] | None = None

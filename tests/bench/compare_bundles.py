@@ -19,12 +19,24 @@ from rich.table import Table
 
 from model import metrics
 from model.checkpoint import load_run
+from server.client import Generation, TransformerClient
 from tests.bench.parity import translate
 from tests.bench.served import served
 from tests.bench.shapes import machine
 
 WARM_UP = 100
 """Sentences before those that count."""
+
+
+async def answer(
+    target: str, sources: list[str], beams: int, max_tokens: int, concurrency: int
+) -> tuple[list[Generation], float]:
+    """What the server makes of the sources, and the seconds that it takes once it is warm."""
+    async with TransformerClient(target, timeout=120) as client:
+        await translate(client, sources[:WARM_UP], beams, max_tokens, concurrency)
+        started = time.perf_counter()
+        found = await translate(client, sources, beams, max_tokens, concurrency)
+        return found, time.perf_counter() - started
 
 
 def main(
@@ -45,10 +57,8 @@ def main(
         for _ in range(repeat):
             for bundle in bundles:
                 with served(bundle, "--precision", precision) as target:
-                    asyncio.run(translate(target, sources[:WARM_UP], width, max_tokens, concurrency))
-                    started = time.perf_counter()
-                    found = asyncio.run(translate(target, sources, width, max_tokens, concurrency))
-                    rates[bundle].append(len(sources) / (time.perf_counter() - started))
+                    found, seconds = asyncio.run(answer(target, sources, width, max_tokens, concurrency))
+                rates[bundle].append(len(sources) / seconds)
                 values[bundle] = measure([generation.text for generation in found], targets)
         for bundle in bundles:
             name = "greedy" if width == 1 else f"beam {width}"

@@ -1,9 +1,10 @@
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
-from model.batches import IGNORE, Corpus, Epoch, Example, plan_batches, windows
+from model.batches import IGNORE, Corpus, Epoch, Example, Windows, plan_batches
 
 
 def make_examples(count: int, longest: int = 40) -> list[Example]:
@@ -65,7 +66,7 @@ def test_labelled_texts_carry_one_class_each() -> None:
 @pytest.mark.parametrize("length", [11, 12, 13, 24])
 def test_windows_ask_for_every_token_once(length: int, offset: int) -> None:
     text = list(range(100, 100 + length))
-    examples = windows(text, 5, offset)
+    examples = Windows(np.array(text, np.int32), 5, offset)
     assert [token for e in examples for token in e.output] == text[offset + 1 :]
     assert all(list(e.output) == [token + 1 for token in e.input] and 1 <= len(e.input) <= 5 for e in examples)
     epoch = Epoch(examples, [list(range(len(examples)))], "language_model")

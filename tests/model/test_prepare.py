@@ -49,7 +49,7 @@ def test_a_text_keeps_its_end_for_validation(tmp_path: Path) -> None:
 
 def test_every_epoch_of_a_text_begins_somewhere_else(tmp_path: Path) -> None:
     train = prepare(text_recipe(tmp_path)).train
-    assert train.examples(0) == train.examples(0)
+    assert list(train.examples(0)) == list(train.examples(0))
     assert len({tuple(train.examples(epoch)[0].input) for epoch in range(10)}) > 5
 
 

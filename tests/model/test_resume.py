@@ -1,7 +1,9 @@
 """Runs that were stopped in every unkind way, and what going on makes of them."""
 
+import gzip
 import io
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from model.checkpoint import RunError, load_run
+from model.data import DataError
 from model.recipe import Recipe
+from model.tokenizer import Tokenizer, TokenizerError
 from model.train import TrainingError, train
 from model.train_log import read_log
 from tests.model.corpora import parallel_recipe
@@ -150,6 +154,45 @@ def test_another_vocabulary_or_corpus_is_refused(tmp_path: Path) -> None:
     source.write_bytes(target.read_bytes())
     with pytest.raises(RunError, match=r"cannot resume: train.en.gz changed since this run began"):
         train(recipe, tmp_path / "run", resume=True, console=QUIET)
+
+
+def lose_a_line(folder: Path) -> None:
+    path = folder / "train.de.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).split(b"\n", 1)[1]))
+
+
+UNKIND: dict[str, tuple[Callable[[Path], object], str]] = {
+    "unequal lines": (lose_a_line, r"train.en.gz has 300 lines but .*train.de.gz has 299"),
+    "no corpus": (lambda folder: (folder / "train.en.gz").unlink(), "train.en.gz: No such file or directory"),
+    "no tokenizer": (lambda folder: (folder / "run" / "tokenizer.json").unlink(), "cannot resume without tokenizer.json"),
+    "another vocabulary": (
+        lambda folder: Tokenizer.train_characters(["a man"]).save(folder / "run" / "tokenizer.json"),
+        "tokenizer.json changed since this run began",
+    ),
+    "no tokenizer at all": (
+        lambda folder: (folder / "run" / "tokenizer.json").write_text("{"),
+        "tokenizer.json: not a tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", UNKIND)
+def test_bad_input_at_resume_leaves_the_last_checkpoint_as_it_was(damage: str, straight: Path, tmp_path: Path) -> None:
+    """One line says what is wrong; put right, the run goes on as if nothing had been."""
+    train(recipe_of(tmp_path, "training.max_updates=9"), tmp_path / "run", console=QUIET)
+    shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-kept")
+    recipe = recipe_of(tmp_path)
+    do, problem = UNKIND[damage]
+    do(tmp_path)
+    with pytest.raises((RunError, DataError, TokenizerError), match=problem) as refusal:
+        train(recipe, tmp_path / "run", resume=True, console=QUIET)
+    assert "\n" not in str(refusal.value)
+    kept = tmp_path.parent / f"{tmp_path.name}-kept"
+    for name in ("last.safetensors", "previous.safetensors", "best.safetensors", "log.jsonl", "run.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (kept / "run" / name).read_bytes(), name
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    train(recipe, tmp_path / "run", resume=True, console=QUIET)
+    assert_same(tmp_path / "run", straight)
 
 
 @contextmanager

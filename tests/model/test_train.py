@@ -1,5 +1,6 @@
 """Real trainings, a second or two each, through the same door as the command line."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 import model.trainer
 from model.checkpoint import Run, RunError, load_run
-from model.data import DataError
+from model.data import DataError, digest
 from model.prepare import prepare
 from model.recipe import Recipe, load_recipe
 from model.train import TrainingError, train
@@ -55,7 +56,7 @@ def test_each_kind_of_task_is_learned(
 def check_run_directory(out: Path, run: Run) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {"recipe.toml", "run.json", "tokenizer.json", "best.safetensors", "last.safetensors", "held_out.jsonl",
-                     "calibration.jsonl", "log.jsonl", "previous.safetensors"}  # fmt: skip
+                     "calibration.jsonl", "log.jsonl", "previous.safetensors", "prepared"}  # fmt: skip
     assert run.task["kind"] and run.generation["max_tokens"] == 256
     assert run.held_out and set(run.held_out[0]) in ({"source", "target"}, {"source", "label"})
     assert run.calibration and set(run.calibration[0]) == {"input", "output"}
@@ -100,6 +101,25 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     train(parallel_recipe(tmp_path, "training.max_updates=10"), tmp_path / "longer", console=QUIET)
     train(parallel_recipe(tmp_path, "training.max_updates=12"), tmp_path / "longer", resume=True, console=QUIET)
     assert losses(tmp_path / "longer") == losses(tmp_path / "straight")
+
+
+def test_a_run_may_begin_where_another_ended(tmp_path: Path) -> None:
+    first = train(parallel_recipe(tmp_path), tmp_path / "first", console=QUIET)
+    onward = ["training.max_updates=4", "training.warmup_updates=0", "training.learning_rate=1e-4", "model.dropout=0.0"]
+    recipe = parallel_recipe(tmp_path, f"training.start_from={tmp_path / 'first'}", *onward)
+    second = train(recipe, tmp_path / "second", console=QUIET)
+    assert losses(tmp_path / "second")[0][1] < 0.7 * losses(tmp_path / "first")[0][1]
+    assert digest(tmp_path / "second" / "tokenizer.json") == digest(tmp_path / "first" / "tokenizer.json")
+    assert second.provenance["started_from"] == digest(tmp_path / "first" / "best.safetensors")
+    assert second.provenance["validation_loss"] <= 1.1 * first.provenance["validation_loss"]
+
+
+def test_a_run_does_not_begin_with_another_network(tmp_path: Path) -> None:
+    train(parallel_recipe(tmp_path, "training.max_updates=2", "training.warmup_updates=0"), tmp_path / "first", console=QUIET)
+    recipe = parallel_recipe(tmp_path, f"training.start_from={tmp_path / 'first'}", "model.heads=4", 'model.norm="pre"')
+    with pytest.raises(RunError, match=r"first: cannot start .* model.heads is 4 here and 2 there; model.norm is 'pre' here"):
+        train(recipe, tmp_path / "second", console=QUIET)
+    assert not (tmp_path / "second").exists()
 
 
 def test_another_recipe_cannot_resume(tmp_path: Path) -> None:
@@ -171,10 +191,19 @@ def test_an_existing_directory_is_replaced_only_on_purpose(tmp_path: Path) -> No
         train(recipe, tmp_path / "precious" / "thesis.txt", console=QUIET)
 
 
-def test_damaged_data_leaves_no_run_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["train.de.gz", "validation.de.gz"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\x1f\x8b damaged", "de.gz: damaged gzip"),
+        (gzip.compress(b"ein mann\n"), r"en.gz has \d+ lines but .*de.gz has 1"),
+        (gzip.compress(b"\xff\n"), "de.gz: line 1 is not UTF-8"),
+    ],
+)
+def test_damaged_data_leaves_no_run_behind(content: bytes, problem: str, name: str, tmp_path: Path) -> None:
     recipe = parallel_recipe(tmp_path)
-    (tmp_path / "train.de.gz").write_bytes(b"\x1f\x8b damaged")
-    with pytest.raises(DataError, match=r"train.de.gz: damaged gzip"):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=problem):
         train(recipe, tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()
 
