@@ -178,6 +178,8 @@ def _value(rng: random.Random, field: FieldDescriptor) -> Any:
             return rng.choice(_REALS) if rng.random() < 0.7 else rng.gauss(0, 10)
         case FieldDescriptor.CPPTYPE_BOOL:
             return rng.random() < 0.5
+        case FieldDescriptor.CPPTYPE_ENUM:
+            return rng.choice([*field.enum_type.values_by_number, 99])  # which is the number of nothing
         case other:
             raise NotImplementedError(f"{field.full_name} is of a type that is not mutated yet: {other}")
 
