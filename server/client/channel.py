@@ -21,7 +21,7 @@ SERVICE_CONFIG: dict[str, Any] = {
         {
             "name": [{"service": SERVICE}],
             "retryPolicy": {
-                "maxAttempts": 4,
+                "maxAttempts": 5,
                 "initialBackoff": "0.05s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
@@ -44,6 +44,9 @@ def channel_options(*, watch_health: bool) -> list[tuple[str, Any]]:
     return [
         ("grpc.service_config", json.dumps(config)),
         ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
+        # A replica that is back is found within a second. gRPC's own pauses grow to two minutes: by then the next one is gone.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1000),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

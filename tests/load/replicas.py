@@ -28,8 +28,8 @@ from tests.load.verdict import conclude
 
 _LONGEST_TEXT = 16
 """Characters: the tiny models of our tests take no more."""
-_PAUSE_SECONDS = 0.5
-"""Between the return of one replica and the end of the next."""
+_PAUSE_SECONDS = 2.0
+"""About, from the return of one replica to the end of the next; a client looks for it once a second."""
 
 
 @dataclass(slots=True)
