@@ -181,7 +181,7 @@ def _value(rng: random.Random, field: FieldDescriptor) -> Any:
         case FieldDescriptor.CPPTYPE_ENUM:
             return rng.choice([*field.enum_type.values_by_number, 99])  # which is the number of nothing
         case other:
-            raise NotImplementedError(f"{field.full_name} is of a type that is not mutated yet: {other}")
+            raise TypeError(f"{field.full_name}: say here how values of type {other} are mutated")
 
 
 # Bytes
