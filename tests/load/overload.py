@@ -6,7 +6,6 @@ It finds the capacity, then offers multiples of it in open loop, each call with 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.load.plan import Plan
 from tests.load.running import server_process
 from tests.load.stage import run_stage
 from tests.load.sweep import probe_capacity
+from tests.load.verdict import conclude
 
 REFUSED = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED")
 """CANCELLED is how gRPC's core ends what a server is too busy to look at (``TransportLimits.grpc_options``)."""
@@ -151,11 +151,7 @@ def main(
             return stages
 
     stages = asyncio.run(run())
-    print(table(stages))
-    found = problems_of(stages)
-    for problem in found:
-        print(f"PROBLEM: {problem}")
-    sys.exit(bool(found))
+    conclude([table(stages)], problems_of(stages))
 
 
 if __name__ == "__main__":

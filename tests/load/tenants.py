@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.load.plan import Plan
 from tests.load.running import server_process
 from tests.load.stage import run_stage
 from tests.load.sweep import probe_capacity
+from tests.load.verdict import conclude
 
 MODEST, GREEDY = ("a", "b", "c"), "greedy"
 _MOST_LONGER = 1.25
@@ -125,11 +125,8 @@ def main(
             return alone, beside
 
     alone, beside = asyncio.run(run())
-    print(f"the others' p99 beside the greedy tenant: {ratio(alone, beside):.2f} of what it is without it")
-    found = problems_of(alone, beside)
-    for problem in found:
-        print(f"PROBLEM: {problem}")
-    sys.exit(bool(found))
+    fact = f"the others' p99 beside the greedy tenant: {ratio(alone, beside):.2f} of what it is without it"
+    conclude([fact], problems_of(alone, beside))
 
 
 def line(name: str, share: Share | None) -> str:
