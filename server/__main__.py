@@ -14,14 +14,14 @@ from typing import Annotated
 import typer
 
 from export.bundle import BundleError
-from server.admission import AdmissionLimits
 from server.config import ConfigError, Device, EngineOptions, EnginePlace, Precision, ServerOptions, parse_size, parse_tenants
+from server.device.runtime import RuntimeUnavailable
+from server.front_ends.supervisor import Supervisor
 from server.loading import load_model
 from server.logs import LogLevel, configure_logging
 from server.metrics import EngineMetrics, Metrics
-from server.runtime import RuntimeUnavailable
 from server.server import CannotServe, Server
-from server.supervisor import Supervisor
+from server.waiting.admission import AdmissionLimits
 
 _OPTIONS, _ENGINE, _ADMISSION = ServerOptions(), EngineOptions(), AdmissionLimits()
 

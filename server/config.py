@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from server.admission import AdmissionLimits, Tenant
+from server.waiting.admission import AdmissionLimits, Tenant
 
 
 class Device(StrEnum):

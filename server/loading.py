@@ -11,19 +11,19 @@ from pathlib import Path
 
 from export.bundle import CACHE_TYPES, Bundle, BundleError, open_bundle
 from model.tokenizer import Tokenizer, TokenizerError
-from server.build_engine import build_engine
-from server.caches import CacheLayout
+from server.batch.sequence_model import SequenceShape
+from server.batch.step_stats import StepStats
 from server.config import EngineOptions, EnginePlace, Precision
-from server.engine_client import EngineClient, Loss
-from server.engine_pool import EnginePool
-from server.engine_spec import EngineSpec
-from server.in_process import InProcessEngine
+from server.device.caches import CacheLayout
+from server.device.runtime import RuntimeUnavailable, choose_device
+from server.engines.build_engine import build_engine
+from server.engines.engine_client import EngineClient, Loss
+from server.engines.engine_pool import EnginePool
+from server.engines.engine_spec import EngineSpec
+from server.engines.in_process import InProcessEngine
+from server.engines.remote_engine import RemoteEngine, Supervision
 from server.models import ServedModel
-from server.remote_engine import RemoteEngine, Supervision
 from server.requests import GenerationDefaults, Limits
-from server.runtime import RuntimeUnavailable, choose_device
-from server.sequence_model import SequenceShape
-from server.step_stats import StepStats
 
 _ROWS = {"cpu": 64, "cuda": 256}
 """Rows of the running batch where none are asked for: beyond these, more rows only make each step longer."""

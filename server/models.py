@@ -8,7 +8,7 @@ from enum import Enum
 
 from model.tokenizer import Tokenizer
 from server.config import ConfigError
-from server.engine_client import EngineClient
+from server.engines.engine_client import EngineClient
 from server.requests import GenerationDefaults, Limits
 
 

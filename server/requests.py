@@ -1,7 +1,7 @@
 """What a request is, once it has passed the door, and what comes back from the engine.
 
-Everything behind the door trusts these types: ``server.door`` is the only way in, it collects every violation before refusing,
-and nothing behind it checks again. Plain Python; no clock, no I/O, no gRPC.
+Everything behind the door trusts these types: ``server.edge.door`` is the only way in, it collects every violation before
+refusing, and nothing behind it checks again. Plain Python; no clock, no I/O, no gRPC.
 """
 
 from __future__ import annotations

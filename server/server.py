@@ -16,14 +16,14 @@ from grpc_reflection.v1alpha import reflection
 
 from protos import transformer_pb2_grpc
 from server.config import ServerOptions
-from server.health import Health
+from server.edge.health import Health
+from server.edge.interceptors import Guard
+from server.edge.service import NAME, TransformerService
 from server.http import Page, PagesServer
-from server.interceptors import Guard
 from server.metrics import CallMetrics
 from server.models import Models, ServedModel
-from server.room import Room
-from server.service import NAME, TransformerService
-from server.waiting_room import WaitingRoom
+from server.waiting.room import Room
+from server.waiting.waiting_room import WaitingRoom
 
 _log = logging.getLogger(__name__)
 

@@ -35,10 +35,10 @@ from model.alignment import alignment_weights, coverage
 from model.checkpoint import Run, load_run
 from model.decode import BOS, EOS, beam_search, greedy, score
 from model.transformer import Transformer
-from server.engine import Engine
+from server.batch.engine import Engine
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import SequenceRuntime, SessionSettings
 from server.requests import Decoding, Finished, GenerationRequest
-from server.runtime import SequenceRuntime, SessionSettings
-from server.sequence_model import SequenceShape
 from tests.bench.ctranslate2_peer import convert, ids, words
 from tests.bench.shapes import machine
 

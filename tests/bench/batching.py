@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from model.decode import BOS, EOS
-from server.engine import Engine
+from server.batch.engine import Engine
+from server.batch.scheduler import Scheduler, Waiting
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import SequenceRuntime, SessionSettings
 from server.requests import Decoding, Finished, GenerationRequest
-from server.runtime import SequenceRuntime, SessionSettings
-from server.scheduler import Scheduler, Waiting
-from server.sequence_model import SequenceShape
 from tests.bench.natural import natural_length, source_of
 from tests.bench.shapes import SHAPES, build_model, graphs, machine
 from tests.load.arrivals import poisson

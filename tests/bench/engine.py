@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from model.transformer import Transformer
-from server.engine import Engine
+from server.batch.engine import Engine
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import SequenceRuntime, SessionSettings
 from server.requests import Decoding, GenerationRequest
-from server.runtime import SequenceRuntime, SessionSettings
-from server.sequence_model import SequenceShape
 from tests.bench.shapes import LENGTHS, SHAPES, build_model, graphs, machine
 
 BOS, EOS = 1, 2

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from export.bundle import CACHE_TYPES
-from server.caches import CacheLayout, HostCaches
-from server.runtime import SequenceRuntime, SessionSettings
-from server.sequence_model import SequenceShape
+from server.batch.sequence_model import SequenceShape
+from server.device.caches import CacheLayout, HostCaches
+from server.device.runtime import SequenceRuntime, SessionSettings
 from tests.bench.natural import natural_model, source_of
 from tests.bench.shapes import LENGTHS, SHAPES, graphs, machine
 

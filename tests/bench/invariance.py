@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from server.engine import Engine
+from server.batch.engine import Engine
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import SequenceRuntime, SessionSettings
 from server.requests import Decoding, Finished, GenerationRequest, Hypothesis, Sampling
-from server.runtime import SequenceRuntime, SessionSettings
-from server.sequence_model import SequenceShape
 from tests.bench.natural import natural_length, source_of
 from tests.bench.shapes import SHAPES, build_model, graphs, machine
 

@@ -19,11 +19,11 @@ from typing import Annotated
 import typer
 
 from export.bundle import Bundle, open_bundle
-from server.build_engine import build_engine
-from server.engine_client import EngineClient
-from server.engine_spec import EngineSpec
-from server.in_process import InProcessEngine
-from server.remote_engine import RemoteEngine
+from server.engines.build_engine import build_engine
+from server.engines.engine_client import EngineClient
+from server.engines.engine_spec import EngineSpec
+from server.engines.in_process import InProcessEngine
+from server.engines.remote_engine import RemoteEngine
 from server.requests import Decoding, GenerationRequest
 from tests.bench.bundles import shape_bundle
 

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model.transformer import Transformer
-from server.runtime import SequenceRuntime, SessionSettings
-from server.sequence_model import SequenceShape
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import SequenceRuntime, SessionSettings
 from tests.bench.natural import source_of
 from tests.bench.shapes import LENGTHS, SHAPES, build_model, graphs, machine
 

@@ -13,10 +13,10 @@ from threading import Lock
 
 from model.config import ModelConfig
 from model.decode import BOS, EOS
-from server.engine import Engine
+from server.batch.engine import Engine
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import SequenceRuntime, SessionSettings
 from server.requests import Decoding, Finished, GenerationRequest
-from server.runtime import SequenceRuntime, SessionSettings
-from server.sequence_model import SequenceShape
 from tests.bench.contender import Contender, Job, Outcome, Runner, Settings
 
 LONGEST = 64

@@ -11,11 +11,11 @@ from typing import Any, cast
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.batch.step_stats import StepStats
 from server.call import Call, Outcome
-from server.engine_client import EngineStatus
+from server.engines.engine_client import EngineStatus
 from server.metrics import Metrics
 from server.models import ServedModel
-from server.step_stats import StepStats
 
 STEP = StepStats(
     seconds=0.01,

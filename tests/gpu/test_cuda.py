@@ -12,11 +12,11 @@ import pytest
 from export.graphs import graph_modules
 from export.trace import trace
 from model.config import ModelConfig
-from server.engine import Engine
-from server.runtime import RuntimeUnavailable, SequenceRuntime, SessionSettings, choose_device
-from server.sequence_model import SequenceShape
+from server.batch.engine import Engine
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import RuntimeUnavailable, SequenceRuntime, SessionSettings, choose_device
 from tests import tiny
-from tests.server.test_engine import FAMILIES, expected, random_request, run
+from tests.server.batch.test_engine import FAMILIES, expected, random_request, run
 
 pytestmark = pytest.mark.gpu
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 
-from server.engine import Addressed, Engine
-from server.in_process import InProcessEngine
+from server.batch.engine import Addressed, Engine
+from server.batch.step_stats import StepStats
+from server.engines.in_process import InProcessEngine
+from server.engines.stepper import Command, Request, Stepper
 from server.requests import Event, TokensReady
-from server.step_stats import StepStats
-from server.stepper import Command, Request, Stepper
 
 
 class ObservedStepper:

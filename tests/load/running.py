@@ -50,12 +50,12 @@ class ServerProcess:
     @property
     def engines(self) -> list[int]:
         """Process ids of its engines now."""
-        return self._children("server.engine_process")
+        return self._children("server.engines.engine_process")
 
     @property
     def front_ends(self) -> list[int]:
         """Process ids of its front ends now; none when it takes its calls itself."""
-        return self._children("server.front_end_process")
+        return self._children("server.front_ends.front_end_process")
 
     def _children(self, module: str) -> list[int]:
         children = " ".join(path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/children")).split()

@@ -21,12 +21,12 @@ import typer
 
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
+from server.batch.step_stats import StepStats
 from server.config import Device, EngineOptions, EnginePlace, ServerOptions
-from server.in_process import InProcessEngine
+from server.engines.in_process import InProcessEngine
 from server.loading import load_model
 from server.metrics import Metrics
 from server.server import Server
-from server.step_stats import StepStats
 from tests.load.observed_engine import ObservedEngine
 from tests.load.verdict import conclude
 

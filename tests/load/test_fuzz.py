@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server import convert
+from server.edge import convert
 from tests.load.fuzz.attack import attack
 from tests.load.fuzz.calls import request_of
 from tests.load.fuzz.in_process import through_the_service

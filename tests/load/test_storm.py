@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from server.batch.engine import Addressed
+from server.batch.step_stats import StepStats
 from server.config import EnginePlace
-from server.engine import Addressed
+from server.engines.stepper import Request
 from server.requests import Decoding, GenerationRequest, TokensReady
-from server.step_stats import StepStats
-from server.stepper import Request
 from tests.load.observed_engine import ObservedStepper
 from tests.load.storm import Left, Report, storm
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from server.engine_client import EngineStatus
+from server.engines.engine_client import EngineStatus
 from server.requests import (
     Encoded,
     EncodingRequest,

@@ -13,10 +13,10 @@ import pytest
 
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
-from server.admission import AdmissionLimits
 from server.client import CallError
 from server.logs import JsonFormatter
 from server.requests import Encoded, Failed, Failure, Finished, TokensReady
+from server.waiting.admission import AdmissionLimits
 from tests.server.fake_engine import FakeEngine, hypothesis, says
 from tests.server.run_server import Running, encoder, run_server, served_model
 
@@ -94,7 +94,7 @@ async def test_a_fault_of_the_server_is_logged_with_the_id_the_caller_gets(caplo
             await running.stub.Generate(REQUEST, timeout=PATIENT, metadata=(("x-request-id", "mine-42"),))
         assert error.value.details() == "internal error; the server's log has it under request id mine-42"
         assert ended(running, "failed") == 1
-    (record,) = [record for record in caplog.records if record.name == "server.interceptors"]
+    (record,) = [record for record in caplog.records if record.name == "server.edge.interceptors"]
     assert "ZeroDivisionError: secret" in json.loads(JsonFormatter().format(record))["exception"]
 
 

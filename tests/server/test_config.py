@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from server.admission import AdmissionLimits, Tenant
 from server.config import ConfigError, EngineOptions, EnginePlace, ServerOptions, TransportLimits, parse_tenants
 from server.models import Models
+from server.waiting.admission import AdmissionLimits, Tenant
 from tests.server.fake_engine import FakeEngine
 from tests.server.run_server import served_model
 

@@ -15,10 +15,10 @@ import pytest
 from export.bundle import BundleError
 from server.client import CallError, Generation, Options, Sampling, StreamedGeneration, StreamedText, TransformerClient
 from server.config import Device, EngineOptions, EnginePlace, Precision, ServerOptions
-from server.engine_spec import EngineSpec
+from server.engines.engine_spec import EngineSpec
+from server.engines.remote_engine import RemoteEngine
 from server.loading import load_model
 from server.metrics import Metrics
-from server.remote_engine import RemoteEngine
 from server.server import Server
 from tests import tiny
 

@@ -9,9 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from protos import transformer_pb2 as pb
-from server.engine_client import EngineStatus
+from server.batch.step_stats import StepStats
+from server.engines.engine_client import EngineStatus
 from server.metrics import Metrics
-from server.step_stats import StepStats
 from tests.server.fake_engine import FakeEngine
 from tests.server.run_server import Running, encoder, run_server, served_model
 

@@ -11,8 +11,8 @@ import grpc
 import pytest
 
 from protos import transformer_pb2 as pb
-from server import service
 from server.client import CallError
+from server.edge import service
 from server.requests import Limits
 from tests.server.fake_engine import FakeEngine
 from tests.server.run_server import TOKENIZER, Running, encoder, run_server, served_model

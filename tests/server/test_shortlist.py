@@ -9,16 +9,16 @@ import pytest
 
 from export.shortlist import restrict
 from model import decode as reference
-from server.door import Door
-from server.engine import Engine
+from server.batch.engine import Engine
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import SequenceRuntime, SessionSettings
+from server.edge.door import Door
 from server.requests import Decoding, DecodingOptions, Finished, GenerationRequest, InvalidRequest
-from server.runtime import SequenceRuntime, SessionSettings
-from server.sequence_model import SequenceShape
 from tests import tiny
-from tests.server import test_engine_options as options
+from tests.server.batch import test_engine_options as options
+from tests.server.batch.test_engine import random_request, run
 from tests.server.fake_engine import FakeEngine
 from tests.server.run_server import TOKENIZER, served_model
-from tests.server.test_engine import random_request, run
 
 CONFIG = tiny.shape("encoder_decoder")
 SHORTLIST = tuple(i for i in range(CONFIG.vocab_size) if i % 5 != 4)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TypeVar
 
-from server.fair_queue import FairQueue, Ticket
+from server.waiting.fair_queue import FairQueue, Ticket
 
 T = TypeVar("T")
 

@@ -28,16 +28,16 @@ from tests.simulation.mutation import Mutant
 from tests.simulation.planting import ROOT, VARIABLE, mutants_of, plant
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "server.admission": ("admission", "waiting_room", "calls"),
-    "server.waiting_room": ("waiting_room", "calls"),
-    "server.fair_queue": ("fair_queue", "waiting_room"),
-    "server.service_rate": ("service_rate", "waiting_room"),
-    "server.scheduler": ("scheduler", "engine"),
-    "server.stepper": ("in_process",),
-    "server.in_flight": ("in_process", "remote_engine"),
-    "server.kv_cache": ("kv_cache", "engine"),
-    "server.engine": ("engine", "engine_options", "streaming", "metrics"),
-    "server.groups": ("engine", "engine_options", "decoding_options", "constraints", "stopping"),
+    "server.waiting.admission": ("admission", "waiting_room", "calls"),
+    "server.waiting.waiting_room": ("waiting_room", "calls"),
+    "server.waiting.fair_queue": ("fair_queue", "waiting_room"),
+    "server.waiting.service_rate": ("service_rate", "waiting_room"),
+    "server.batch.scheduler": ("scheduler", "engine"),
+    "server.engines.stepper": ("in_process",),
+    "server.engines.in_flight": ("in_process", "remote_engine"),
+    "server.batch.kv_cache": ("kv_cache", "engine"),
+    "server.batch.engine": ("engine", "engine_options", "streaming", "metrics"),
+    "server.batch.groups": ("engine", "engine_options", "decoding_options", "constraints", "stopping"),
 }
 """What is mutated, and the files of unit tests that are about it."""
 _CPU_SECONDS = 60
@@ -127,7 +127,7 @@ def _live(module: str, source: str, lives: int, sender: multiprocessing.connecti
 
 def passes_tests(module: str, number: int) -> bool:
     """Whether the unit tests about this module notice nothing either."""
-    files = [f"tests/server/test_{name}.py" for name in TESTS[module]]
+    files = [str(path) for name in TESTS[module] for path in (ROOT / "tests/server").rglob(f"test_{name}.py")]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "tests.simulation.planting", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, VARIABLE: f"{module}:{number}"}
     limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (10 * _CPU_SECONDS, 10 * _CPU_SECONDS))

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from server.admission import AdmissionLimits, Forecast, Refused
 from server.call import Call
 from server.requests import GenerationRequest
-from server.waiting_room import WaitingRoom
+from server.waiting.admission import AdmissionLimits, Forecast, Refused
+from server.waiting.waiting_room import WaitingRoom
 
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.05, 30.0
 _CAUTION = 2.0

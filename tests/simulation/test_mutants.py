@@ -50,5 +50,5 @@ def test_what_is_mutated_exists_and_so_do_its_tests() -> None:
 
 def test_lives_go_well_without_a_fault_and_notice_one() -> None:
     assert survives("", "", lives=4) == ""
-    (planted,) = [one for one in mutants_of("server.scheduler") if one.change == "free_rows -= rows -> nothing"]
-    assert survives("server.scheduler", planted.source, lives=20)
+    (planted,) = [one for one in mutants_of("server.batch.scheduler") if one.change == "free_rows -= rows -> nothing"]
+    assert survives("server.batch.scheduler", planted.source, lives=20)

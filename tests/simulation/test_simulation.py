@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from server import in_flight, kv_cache, scheduler, waiting_room
+from server.batch import kv_cache, scheduler
+from server.engines import in_flight
+from server.waiting import waiting_room
 from tests.simulation.virtual_time import Deadlock
 from tests.simulation.world import live
 

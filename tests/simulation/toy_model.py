@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from server.kv_cache import Rows
-from server.sequence_model import Candidates, SequenceShape
+from server.batch.kv_cache import Rows
+from server.batch.sequence_model import Candidates, SequenceShape
 
 VOCABULARY = 12
 EOS = 2

@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
-from server.admission import AdmissionLimits, Refused, Tenant
+from server.batch.engine import Engine
 from server.call import Call, current_call
-from server.engine import Engine
-from server.engine_client import EngineStatus
-from server.fan_out import RequestFailed, gather_results
-from server.in_flight import STOPPED, InFlight
+from server.edge.fan_out import RequestFailed, gather_results
+from server.engines.engine_client import EngineStatus
+from server.engines.in_flight import STOPPED, InFlight
+from server.engines.stepper import Command
 from server.requests import Decoding, Encoded, EncodingRequest, Event, Failure, Finished, GenerationRequest, Sampling
-from server.stepper import Command
-from server.waiting_room import WaitingRoom
+from server.waiting.admission import AdmissionLimits, Refused, Tenant
+from server.waiting.waiting_room import WaitingRoom
 from tests.simulation.checked_queue import CheckedQueue
 from tests.simulation.rules import Rules
 from tests.simulation.toy_model import EOS, VOCABULARY, ToyModel

@@ -11,13 +11,13 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from server.admission import AdmissionLimits
 from server.call import Call, Outcome, current_call
-from server.errors import verdict_on
+from server.edge.errors import verdict_on
+from server.edge.service import TransformerService
 from server.metrics import Metrics
 from server.models import Models
-from server.service import TransformerService
-from server.waiting_room import WaitingRoom
+from server.waiting.admission import AdmissionLimits
+from server.waiting.waiting_room import WaitingRoom
 from tests.load.fuzz.calls import request_of
 from tests.load.fuzz.mutation import METHODS
 from tests.server.fake_engine import FakeEngine

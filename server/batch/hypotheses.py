@@ -1,0 +1,102 @@
+"""What every live row has written so far: one array per quantity, one entry per row, so that a step touches all rows at once.
+
+A *group* is the rows of one request; group numbers are stable, row numbers are not (rows move when others end).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.batch.kv_cache import Rows
+
+
+@dataclass(slots=True)
+class Hypotheses:
+    """Arrays of one entry per row; R is the row capacity, T the longest output."""
+
+    next_token: NDArray[np.int64]
+    """[R] fed to the model in the next step."""
+    position: NDArray[np.int64]
+    """[R] where it stands."""
+    group: NDArray[np.int32]
+    """[R] the request."""
+    member: NDArray[np.int32]
+    """[R] which hypothesis of the request."""
+    length: NDArray[np.int32]
+    """[R] output tokens so far."""
+    total: NDArray[np.float32]
+    """[R] sum of their log-probabilities; -inf marks a beam with nothing in it."""
+    tokens: NDArray[np.int32]
+    """[R, T]."""
+    log_probabilities: NDArray[np.float32]
+    """[R, T]."""
+    draws: NDArray[np.float64]
+    """[R, T] the uniform number that each step of a sampled row consumes."""
+
+    @classmethod
+    def empty(cls, rows: int, longest: int) -> Hypotheses:
+        return cls(
+            next_token=np.zeros(rows, np.int64),
+            position=np.zeros(rows, np.int64),
+            group=np.zeros(rows, np.int32),
+            member=np.zeros(rows, np.int32),
+            length=np.zeros(rows, np.int32),
+            total=np.zeros(rows, np.float32),
+            tokens=np.zeros((rows, longest), np.int32),
+            log_probabilities=np.zeros((rows, longest), np.float32),
+            draws=np.zeros((rows, longest), np.float64),
+        )
+
+    def move(self, source: Rows, target: Rows) -> None:
+        """Row source[i] becomes row target[i]."""
+        for field in fields(self):
+            array = getattr(self, field.name)
+            array[target] = array[source]
+
+    def branch(self, source: Rows, target: Rows) -> None:
+        """What row source[i] has written is now also what row target[i] has written; target keeps its group and member."""
+        if not len(source):
+            return
+        longest = int(self.length[source].max())
+        self.position[target] = self.position[source]
+        self.length[target] = self.length[source]
+        self.total[target] = self.total[source]
+        self.tokens[target, :longest] = self.tokens[source, :longest]
+        self.log_probabilities[target, :longest] = self.log_probabilities[source, :longest]
+
+    def shared(self, first: Rows, second: Rows) -> Rows:
+        """How many positions of rows first[i] and second[i], of one request, were fed the same tokens from the beginning."""
+        lengths = self.length[first], self.length[second]
+        longest = int(np.minimum(*lengths).max(initial=0))
+        same = self.tokens[first, :longest] == self.tokens[second, :longest]
+        same &= np.arange(longest) < np.minimum(*lengths)[:, None]
+        alike = np.where(same.all(axis=1), longest, same.argmin(axis=1)) if longest else np.zeros(len(first), np.intp)
+        return self.position[first] - lengths[0] + 1 + alike
+
+    def append(self, rows: Rows, tokens: NDArray[np.int64], log_probabilities: NDArray[np.float32]) -> None:
+        """Row rows[i] writes tokens[i]."""
+        at = self.length[rows]
+        self.tokens[rows, at] = tokens
+        self.log_probabilities[rows, at] = log_probabilities
+        self.total[rows] += log_probabilities
+        self.length[rows] = at + 1
+        self.next_token[rows] = tokens
+        self.position[rows] += 1
+
+    def append_to_all(self, rows: Rows, tokens: NDArray[np.int64], log_probabilities: NDArray[np.float32]) -> None:
+        """``append`` for rows 0, 1, ... n - 1. Totals are left as they are: greedy rows do not need them."""
+        n = len(rows)
+        at = self.length[:n]
+        self.tokens[rows, at] = tokens
+        self.log_probabilities[rows, at] = log_probabilities
+        at += 1
+        self.next_token[:n] = tokens
+        self.position[:n] += 1
+
+    def written(self, row: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Tokens and log-probabilities of one row."""
+        length = self.length[row]
+        return tuple(self.tokens[row, :length].tolist()), tuple(self.log_probabilities[row, :length].tolist())

@@ -1,0 +1,1 @@
+"""Where the model computes: ONNX Runtime, and the memory of its caches."""

@@ -1,0 +1,1 @@
+"""gRPC: a call is taken, checked once, and answered. Messages stop here."""

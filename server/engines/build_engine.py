@@ -1,0 +1,53 @@
+"""From a specification to an engine that is loaded and warm. Runs where the engine runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from export.bundle import Bundle, BundleError, open_bundle
+from model.tokenizer import Tokenizer
+from server.batch.encoding_engine import EncodingEngine
+from server.batch.engine import Engine
+from server.batch.sequence_model import SequenceShape
+from server.device.runtime import EncodingRuntime, SequenceRuntime, SessionSettings
+from server.engines.engine_spec import EngineSpec
+from server.engines.stepper import Stepper
+from server.requests import Decoding, EncodingRequest, GenerationRequest
+
+
+def build_engine(spec: EngineSpec) -> Stepper:
+    """Checks the bundle again, for it may have changed, and builds its engine.
+
+    Raises:
+        BundleError: for a bundle that must not be used, or is no longer the one that was announced.
+        RuntimeUnavailable: when the device or the graphs cannot be brought up.
+    """
+    bundle = open_bundle(Path(spec.bundle))
+    if bundle.fingerprint != spec.fingerprint:
+        raise BundleError(f"{spec.bundle}: is not the bundle that the server was started with")
+    return _build(bundle, spec, SessionSettings(device=spec.device, threads=spec.threads))
+
+
+def _build(bundle: Bundle, spec: EngineSpec, settings: SessionSettings) -> Stepper:
+    config, graphs, rows = bundle.manifest.model, bundle.root / spec.precision, spec.rows
+    if config["family"] == "encoder_only":
+        encoding = EncodingEngine(EncodingRuntime(graphs, settings, classes=config["classes"]), batch_rows=rows)
+        encoding.submit(EncodingRequest(id="warm-up", input_ids=(Tokenizer.EOS,)))
+        encoding.step()
+        return cast("Stepper", encoding)  # each engine takes its own kind of request, which the door sees to
+    runtime = SequenceRuntime(graphs, SequenceShape.from_config(config), rows, settings, shortlist=bundle.shortlist())
+    runtime.tune()
+    tokenizer = Tokenizer.load(bundle.path("tokenizer.json"))
+    engine = Engine(
+        runtime,
+        start_token=Tokenizer.BOS,
+        end_token=Tokenizer.EOS,
+        text_stream=tokenizer.stream,
+        align=runtime.align if runtime.can_align else None,
+    )
+    for beams in (1, min(4, rows)):
+        engine.submit(GenerationRequest(id="warm-up", input_ids=(Tokenizer.EOS,), decoding=Decoding(max_tokens=1, beams=beams)))
+        while engine.has_work:
+            engine.step()
+    return cast("Stepper", engine)

@@ -1,0 +1,1 @@
+"""Where requests wait for an engine: who is refused, and whose turn it is."""

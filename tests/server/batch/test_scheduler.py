@@ -1,0 +1,101 @@
+"""Who joins and when: first come, first served, within rows and tokens, and nobody starves."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.batch.scheduler import Scheduler
+from server.requests import Decoding, GenerationRequest
+
+
+def request(name: str, tokens: int, rows: int = 1) -> GenerationRequest:
+    return GenerationRequest(id=name, input_ids=(5,) * tokens, decoding=Decoding(max_tokens=4, beams=rows))
+
+
+def names(joining: list) -> list[str]:
+    return [waiting.request.id for waiting in joining]
+
+
+def queue(scheduler: Scheduler) -> list[str]:
+    return names(list(scheduler))
+
+
+def test_they_join_in_the_order_of_their_arrival() -> None:
+    scheduler = Scheduler(join_tokens=100)
+    for i in range(4):
+        scheduler.add(request(f"r{i}", 10), now=float(i))
+    joining = scheduler.schedule(free_rows=3)
+    assert names(joining) == ["r0", "r1", "r2"]
+    assert [waiting.since for waiting in joining] == [0.0, 1.0, 2.0]
+    assert queue(scheduler) == ["r3"]
+
+
+def test_a_wide_request_is_not_overtaken_by_narrow_ones() -> None:
+    scheduler = Scheduler(join_tokens=100)
+    scheduler.add(request("wide", 5, rows=8), now=0.0)
+    scheduler.add(request("narrow", 5, rows=1), now=0.0)
+    assert scheduler.schedule(free_rows=7) == []
+    assert names(scheduler.schedule(free_rows=8)) == ["wide"]
+    assert names(scheduler.schedule(free_rows=1)) == ["narrow"]
+
+
+def test_the_budget_bounds_what_joins_in_one_step() -> None:
+    scheduler = Scheduler(join_tokens=20)
+    for name, tokens in (("a", 12), ("b", 8), ("c", 1)):
+        scheduler.add(request(name, tokens), now=0.0)
+    assert names(scheduler.schedule(free_rows=9)) == ["a", "b"]
+    assert names(scheduler.schedule(free_rows=9)) == ["c"]
+
+
+def test_one_input_longer_than_the_budget_goes_alone() -> None:
+    scheduler = Scheduler(join_tokens=20)
+    for name, tokens in (("short", 3), ("long", 50), ("next", 1)):
+        scheduler.add(request(name, tokens), now=0.0)
+    assert names(scheduler.schedule(free_rows=9)) == ["short"]
+    assert names(scheduler.schedule(free_rows=9)) == ["long"]
+    assert names(scheduler.schedule(free_rows=9)) == ["next"]
+    scheduler.add(request("late", 1), now=0.0)
+    assert scheduler.schedule(free_rows=9, budget=0) == []
+
+
+def test_a_request_can_be_withdrawn_once() -> None:
+    scheduler = Scheduler(join_tokens=20)
+    scheduler.add(request("a", 7), now=0.0)
+    assert scheduler.remove("a")
+    assert not scheduler.remove("a")
+    assert not scheduler.remove("b")
+    assert (len(scheduler), scheduler.waiting_tokens) == (0, 0)
+
+
+@given(st.data())
+def test_the_queue_through_any_traffic(data: st.DataObject) -> None:
+    join_tokens = data.draw(st.integers(1, 20), label="join_tokens")
+    scheduler = Scheduler(join_tokens)
+    waiting: list[GenerationRequest] = []  # what the queue must hold
+    for number in range(data.draw(st.integers(1, 25), label="actions")):
+        action = data.draw(st.sampled_from(["add", "add", "schedule", "remove"]))
+        if action == "add":
+            new = request(
+                f"r{number}", data.draw(st.integers(1, 30), label="tokens"), data.draw(st.integers(1, 6), label="rows")
+            )
+            scheduler.add(new, now=0.0)
+            waiting.append(new)
+        elif action == "remove" and waiting:
+            gone = waiting.pop(data.draw(st.integers(0, len(waiting) - 1), label="which"))
+            assert scheduler.remove(gone.id)
+        elif action == "schedule":
+            free = data.draw(st.integers(0, 8), label="free rows")
+            joining = names(scheduler.schedule(free))
+            joined, waiting = waiting[: len(joining)], waiting[len(joining) :]
+            assert joining == [r.id for r in joined]  # the head of the queue, in order: nobody is overtaken
+            assert sum(r.decoding.rows for r in joined) <= free
+            tokens = sum(len(r.input_ids) for r in joined)
+            assert tokens <= join_tokens or len(joined) == 1
+            if waiting:  # whoever is left at the head did not fit
+                head = waiting[0]
+                rows_left, tokens_left = free - sum(r.decoding.rows for r in joined), join_tokens - tokens
+                assert head.decoding.rows > rows_left or (joined and len(head.input_ids) > tokens_left)
+        assert queue(scheduler) == [r.id for r in waiting]
+        assert len(scheduler) == len(waiting)
+        assert scheduler.waiting_tokens == sum(len(r.input_ids) for r in waiting)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from server.waiting.service_rate import ServiceRate
+
+
+def test_nothing_is_known_at_first() -> None:
+    rate = ServiceRate()
+    assert (rate.per_second, rate.seconds_each, rate.wait(100)) == (None, None, 0.0)
+
+
+def test_the_rate_is_that_of_the_time_when_others_waited() -> None:
+    rate, now = ServiceRate(), 0.0
+    for _ in range(200):  # a request a second comes, and nobody waits
+        now += 1.0
+        rate.ended(now, 0.05, others_wait=False)
+    assert rate.per_second is None
+    for _ in range(200):
+        now += 0.02
+        rate.ended(now, 0.3, others_wait=True)
+    assert rate.per_second == pytest.approx(50, rel=0.01)
+    assert rate.wait(25) == pytest.approx(0.5, rel=0.01)
+    now += 3600  # an hour in which the queue was empty
+    rate.ended(now - 3600 + 0.02, 0.3, others_wait=False)
+    rate.ended(now, 0.3, others_wait=True)
+    assert rate.per_second == pytest.approx(50, rel=0.01)
+
+
+def test_a_slow_service_has_a_rate_too() -> None:
+    rate = ServiceRate()
+    for n in range(20):
+        rate.ended(60.0 * n, 200.0, others_wait=True)
+    assert rate.wait(3) == pytest.approx(180)
+
+
+def test_it_follows_the_machine() -> None:
+    rate, now = ServiceRate(), 0.0
+    for seconds in [0.02] * 500 + [0.1] * 200:
+        now += seconds
+        rate.ended(now, seconds, others_wait=True)
+    assert rate.per_second == pytest.approx(10, rel=0.1)
+    assert rate.seconds_each == pytest.approx(0.1, rel=0.01)

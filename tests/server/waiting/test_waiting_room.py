@@ -1,0 +1,240 @@
+"""Requests wait in front of the engine, in a fair order, and reach it only when it has room for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+
+import pytest
+
+from server.call import Call, current_call
+from server.engines.engine_client import EngineStatus
+from server.engines.in_flight import NOT_RUNNING, SHUTTING_DOWN
+from server.requests import Decoding, Event, Failed, Finished, GenerationRequest
+from server.waiting.admission import AdmissionLimits, Refused, Tenant
+from server.waiting.waiting_room import TOO_LATE, WaitingRoom
+from tests.server.fake_engine import FakeEngine, Request, Step, hypothesis
+
+DONE = Finished((hypothesis((5, 2)),))
+
+
+class Rows(FakeEngine):
+    """Has so many rows; a request holds ``each`` of them until it is let go. Answers in the order in which they are let go."""
+
+    def __init__(self, rows: int, each: int = 1) -> None:
+        super().__init__(self.hold)
+        self.rows, self.each = rows, each
+        self.gates: dict[str, asyncio.Event] = {}
+
+    def hold(self, request: Request) -> Iterator[Step]:
+        self.gates[request.id] = asyncio.Event()
+        yield self.gates[request.id]
+        yield DONE if self.alive else NOT_RUNNING
+
+    def let_go(self, *names: str) -> None:
+        for name in names:
+            self.gates.pop(name).set()
+
+    @property
+    def status(self) -> EngineStatus:
+        running = min(self.live, self.rows // self.each)
+        return EngineStatus(
+            alive=self.alive,
+            live_rows=running * self.each,
+            live_requests=running,
+            row_capacity=self.rows,
+            waiting_requests=self.live - running,
+            waiting_tokens=0,
+        )
+
+
+@contextmanager
+def call(tenant: str = "", priority: int = 0, seconds: float = 60.0) -> Iterator[None]:
+    token = current_call.set(Call("Generate", "id", tenant=tenant, priority=priority, longest_seconds=seconds))
+    try:
+        yield
+    finally:
+        current_call.reset(token)
+
+
+def request(name: str) -> GenerationRequest:
+    return GenerationRequest(id=name, input_ids=(5, 6, 2), decoding=Decoding(max_tokens=5))
+
+
+async def collect(room: WaitingRoom, name: str) -> list[Event]:
+    async with asyncio.timeout(10), aclosing(room.submit(request(name))) as events:
+        return [event async for event in events]
+
+
+def enter(room: WaitingRoom, *names: str, tenant: str = "", priority: int = 0) -> list[asyncio.Task[list[Event]]]:
+    with call(tenant, priority):
+        return [asyncio.create_task(collect(room, name)) for name in names]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def names(engine: Rows) -> list[str]:
+    return [one.id for one in engine.submitted]
+
+
+async def test_the_engine_gets_what_it_has_rows_for_and_a_little_more() -> None:
+    engine = Rows(8)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, *(f"r{n}" for n in range(30)))
+    await settle()
+    assert names(engine) == [f"r{n}" for n in range(10)], "8 rows, and a quarter of that ahead"
+    assert (room.status.waiting_requests, room.status.waiting_tokens) == (22, 60)
+    engine.let_go("r3", "r4", "r5")
+    await settle()
+    assert names(engine)[10:] == ["r10", "r11", "r12"]
+    while engine.gates:
+        engine.let_go(*list(engine.gates))
+        await settle()
+    assert await asyncio.gather(*tasks) == [[DONE]] * 30
+    assert (room.status.waiting_requests, room.status.waiting_tokens, engine.live) == (0, 0, 0)
+
+
+async def test_wide_requests_are_not_piled_up_in_the_engine_where_no_share_counts() -> None:
+    engine = Rows(16, each=4)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "r0")
+    await settle()
+    tasks += enter(room, *(f"r{n}" for n in range(1, 10)))
+    await settle()
+    assert names(engine) == [f"r{n}" for n in range(5)], "four at once, and a quarter of the rows ahead is one more"
+    for n in range(10):
+        engine.let_go(f"r{n}")
+        await settle()
+    assert await asyncio.gather(*tasks) == [[DONE]] * 10
+
+
+async def test_who_leaves_while_waiting_never_reaches_the_engine() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "first", "ahead", "left", "last")
+    await settle()
+    tasks[2].cancel()
+    await settle()
+    assert room.status.waiting_tokens == 3
+    for name in ("first", "ahead", "last"):
+        engine.let_go(name)
+        await settle()
+    assert names(engine) == ["first", "ahead", "last"]
+
+
+async def test_who_leaves_just_as_the_turn_comes_gives_it_to_the_next() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "first", "ahead", "left", "last")
+    await settle()
+    engine.let_go("first")
+    while room.status.waiting_tokens == 6 and not room._called:
+        await asyncio.sleep(0)
+    tasks[2].cancel()  # its turn has come, and it has not heard yet
+    await settle()
+    assert names(engine) == ["first", "ahead", "last"]
+    engine.let_go("ahead", "last")
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_tenants_take_turns_and_urgent_calls_go_first() -> None:
+    engine = Rows(4)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"a": Tenant(), "b": Tenant()}))
+    tasks = enter(room, *(f"a{n}" for n in range(20)), tenant="a")
+    await settle()
+    tasks += enter(room, "b0", "b1", tenant="b")
+    tasks += enter(room, "urgent", tenant="a", priority=1)
+    await settle()
+    engine.let_go("a0", "a1", "a2", "a3", "a4")
+    await settle()
+    assert names(engine)[5:] == ["urgent", "a5", "b0", "a6", "b1"]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_call_that_would_be_late_is_refused_and_another_tenants_is_not() -> None:
+    now = 0.0
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"a": Tenant(), "b": Tenant()}), clock=lambda: now)
+    tasks = enter(room, *(f"a{n}" for n in range(40)), tenant="a")
+    await settle()
+    for n in range(20):  # one a second
+        now += 1.0
+        engine.let_go(f"a{n}")
+        await settle()
+    with call("a"):
+        assert room.forecast.per_second == pytest.approx(1.0, rel=0.05)
+    with call("a", seconds=10.0), pytest.raises(Refused, match="the answer would take about"), room.admit([request("x")]):
+        pass
+    with call("b", seconds=10.0), room.admit([request("x")]):
+        pass
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
+    now = 0.0
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    (first,) = enter(room, "first")
+    await settle()
+    now += 3.0
+    engine.let_go("first")
+    assert await first == [DONE]
+    tasks = enter(room, "r0", "r1")
+    with call(seconds=2.0):
+        tasks.append(asyncio.create_task(collect(room, "hurried")))
+    tasks += enter(room, "r2")
+    await settle()
+    for name in ("r0", "r1", "r2"):
+        engine.let_go(name)
+        await settle()
+    assert await asyncio.gather(*tasks) == [[DONE], [DONE], [TOO_LATE], [DONE]]
+    assert "hurried" not in names(engine)
+
+
+async def test_what_waits_ends_with_the_engine() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "r0", "r1", "r2", "r3")
+    await settle()
+    engine.alive = False
+    engine.let_go("r0", "r1")
+    await settle()
+    engine.let_go("r2", "r3")
+    assert await asyncio.gather(*tasks) == [[NOT_RUNNING]] * 4
+
+
+async def test_a_drain_serves_what_waits_and_takes_nothing_new() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "r0", "r1", "r2")
+    await settle()
+    drain = asyncio.create_task(room.drain(5))
+    await settle()
+    assert await collect(room, "late") == [SHUTTING_DOWN]
+    for name in ("r0", "r1", "r2"):
+        engine.let_go(name)
+        await settle()
+    assert await asyncio.gather(*tasks) == [[DONE]] * 3
+    await drain
+    assert len(engine.drains) == 1
+
+
+async def test_a_drain_out_of_time_tells_those_who_wait() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "r0", "r1", "r2", "r3")
+    await settle()
+    with pytest.raises(TimeoutError):  # the engine's own drain, which this one does not take calmly
+        await room.drain(0.05)
+    assert [tasks[n].result() for n in (2, 3)] == [[SHUTTING_DOWN]] * 2
+    engine.let_go("r0", "r1")
+    assert await asyncio.gather(*tasks[:2]) == [[DONE]] * 2
+    assert all(not isinstance(event, Failed) for task in tasks[:2] for event in task.result())
