@@ -21,7 +21,8 @@ from server.engines.engine_client import EngineClient, Loss
 from server.engines.engine_pool import EnginePool
 from server.engines.engine_spec import EngineSpec
 from server.engines.in_process import InProcessEngine
-from server.engines.remote_engine import RemoteEngine, Supervision
+from server.engines.kept_process import Supervision
+from server.engines.remote_engine import RemoteEngine
 from server.models import ServedModel
 from server.requests import GenerationDefaults, Limits
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from server.config import Device, EngineOptions, ServerOptions
-from server.engines.remote_engine import Supervision
+from server.engines.kept_process import Supervision
 from server.front_ends.front_end import FrontEnd, FrontEndUnavailable
 from server.front_ends.front_wire import Begin
 from server.metrics import COUNTS_FOLDER, EngineMetrics

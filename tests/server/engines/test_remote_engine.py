@@ -27,7 +27,8 @@ from server.engines.engine_pool import EnginePool
 from server.engines.engine_spec import EngineSpec
 from server.engines.in_flight import NOT_RUNNING, SHUTTING_DOWN, STOPPED
 from server.engines.in_process import InProcessEngine
-from server.engines.remote_engine import RemoteEngine, Supervision
+from server.engines.kept_process import Supervision
+from server.engines.remote_engine import RemoteEngine
 from server.requests import Decoding, Encoded, EncodingRequest, Event, Finished, GenerationRequest, TokensReady
 
 QUICK = Supervision(stall_seconds=1.0, first_backoff_seconds=0.05)
