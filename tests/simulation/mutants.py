@@ -28,18 +28,24 @@ from tests.simulation.mutation import Mutant
 from tests.simulation.planting import ROOT, VARIABLE, mutants_of, plant
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "server.waiting.admission": ("admission", "waiting_room", "calls"),
-    "server.waiting.waiting_room": ("waiting_room", "calls"),
-    "server.waiting.fair_queue": ("fair_queue", "waiting_room"),
-    "server.waiting.service_rate": ("service_rate", "waiting_room"),
-    "server.batch.scheduler": ("scheduler", "engine"),
-    "server.engines.stepper": ("in_process",),
-    "server.engines.in_flight": ("in_process", "remote_engine"),
-    "server.batch.kv_cache": ("kv_cache", "engine"),
-    "server.batch.engine": ("engine", "engine_options", "streaming", "metrics"),
-    "server.batch.groups": ("engine", "engine_options", "decoding_options", "constraints", "stopping"),
+    "server.waiting.admission": ("waiting/test_admission", "waiting/test_waiting_room", "test_calls"),
+    "server.waiting.waiting_room": ("waiting/test_waiting_room", "test_calls"),
+    "server.waiting.fair_queue": ("waiting/test_fair_queue", "waiting/test_waiting_room"),
+    "server.waiting.service_rate": ("waiting/test_service_rate", "waiting/test_waiting_room"),
+    "server.batch.scheduler": ("batch/test_scheduler", "batch/test_engine"),
+    "server.engines.stepper": ("engines/test_in_process",),
+    "server.engines.in_flight": ("engines/test_in_process", "engines/test_remote_engine"),
+    "server.batch.kv_cache": ("batch/test_kv_cache", "batch/test_engine"),
+    "server.batch.engine": ("batch/test_engine", "batch/test_engine_options", "batch/test_streaming", "test_metrics"),
+    "server.batch.groups": (
+        "batch/test_engine",
+        "batch/test_engine_options",
+        "batch/test_decoding_options",
+        "batch/test_constraints",
+        "batch/test_stopping",
+    ),
 }
-"""What is mutated, and the files of unit tests that are about it."""
+"""What is mutated, and the unit tests that are about it."""
 _CPU_SECONDS = 60
 """Of a mutant that does not end by itself."""
 _MEMORY = 4 * 2**30
@@ -127,7 +133,7 @@ def _live(module: str, source: str, lives: int, sender: multiprocessing.connecti
 
 def passes_tests(module: str, number: int) -> bool:
     """Whether the unit tests about this module notice nothing either."""
-    files = [str(path) for name in TESTS[module] for path in (ROOT / "tests/server").rglob(f"test_{name}.py")]
+    files = [f"tests/server/{name}.py" for name in TESTS[module]]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "tests.simulation.planting", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, VARIABLE: f"{module}:{number}"}
     limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (10 * _CPU_SECONDS, 10 * _CPU_SECONDS))

@@ -45,7 +45,7 @@ def test_every_slip_is_made_once_and_none_where_nothing_runs() -> None:
 def test_what_is_mutated_exists_and_so_do_its_tests() -> None:
     for module, files in TESTS.items():
         assert mutants_of(module)
-        assert all((ROOT / f"tests/server/test_{name}.py").exists() for name in files)
+        assert all((ROOT / f"tests/server/{name}.py").exists() for name in files)
 
 
 def test_lives_go_well_without_a_fault_and_notice_one() -> None:
