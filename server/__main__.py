@@ -76,9 +76,10 @@ def serve(
     tenant: Annotated[
         list[str] | None,
         typer.Option(
-            help="A tenant, named by callers in the metadata key x-tenant: its share of the rows, and how many of its requests"
-            " may wait. Repeat for several; all other callers share one of weight 1.",
-            metavar="NAME[=WEIGHT][:MAX_WAITING]",
+            help="A tenant, named by callers in the metadata key x-tenant: its share of rows and queue, how many of its"
+            " requests may wait, and how many rows of a model they may hold (NAME::8 sets only this). Repeat for several;"
+            " all other callers share one of weight 1.",
+            metavar="NAME[=WEIGHT][:MAX_WAITING[:MAX_ROWS]]",
         ),
     ] = None,
     drain_seconds: Annotated[

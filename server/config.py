@@ -72,7 +72,7 @@ class EngineOptions:
 
 
 def parse_tenants(texts: Iterable[str]) -> dict[str, Tenant]:
-    """Tenants by name, each written ``NAME[=WEIGHT][:MAX_WAITING]``, for example "search=4:200".
+    """Tenants by name, each written ``NAME[=WEIGHT][:MAX_WAITING[:MAX_ROWS]]``, for example "search=4:200" or "batch=1::8".
 
     Raises:
         ConfigError: for anything else, and for two of one name.
@@ -80,13 +80,19 @@ def parse_tenants(texts: Iterable[str]) -> dict[str, Tenant]:
     tenants: dict[str, Tenant] = {}
     problems = []
     for text in texts:
-        match = re.fullmatch(r"([A-Za-z0-9._-]{1,64})(?:=(\d+(?:\.\d+)?))?(?::(\d+))?", text)
-        if match is None or float(match[2] or 1) == 0 or match[3] == "0":
-            problems.append(f"a tenant is written NAME[=WEIGHT][:MAX_WAITING], with numbers above 0, not {text!r}")
+        match = re.fullmatch(r"([A-Za-z0-9._-]{1,64})(?:=(\d+(?:\.\d+)?))?(?::(\d*)(?::(\d+))?)?", text)
+        numbers = [float(number) for number in match.groups()[1:] if number] if match else []
+        if match is None or 0 in numbers:
+            problems.append(f"a tenant is written NAME[=WEIGHT][:MAX_WAITING[:MAX_ROWS]], with numbers above 0, not {text!r}")
         elif match[1] in tenants:
             problems.append(f"two tenants are named {match[1]!r}")
         else:
-            tenants[match[1]] = Tenant(weight=float(match[2] or 1), max_waiting=int(match[3]) if match[3] else None)
+            weight, max_waiting, max_rows = match.groups()[1:]
+            tenants[match[1]] = Tenant(
+                weight=float(weight or 1),
+                max_waiting=int(max_waiting) if max_waiting else None,
+                max_rows=int(max_rows) if max_rows else None,
+            )
     if problems:
         raise ConfigError(problems)
     return tenants

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-from server.engines.engine_client import EngineStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +16,11 @@ class Tenant:
     weight: float = 1.0
     """Its share of the rows, beside those of the other tenants that have requests waiting."""
     max_waiting: int | None = None
-    """Requests that may wait at once; None: as many as the whole queue takes."""
+    """Requests that may wait at once; None: its share of the queue, by weight."""
+    max_rows: int | None = None
+    """Rows of one model that its requests may hold at once, as they would hold all of them while nobody else has any. On a CPU
+    a step takes time in proportion to its rows, so this bounds how much a tenant slows down the others. A wider request goes
+    alone. None: all rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,36 @@ class AdmissionLimits:
     def tenant(self, name: str) -> tuple[str, Tenant]:
         """The name it is counted under, so that strangers cannot multiply their share by inventing names."""
         return (name, self.tenants[name]) if name in self.tenants else ("", self.others)
+
+    def max_waiting_of(self, name: str) -> tuple[int, int]:
+        """Requests and tokens that one tenant may have waiting: however much it asks for, the others find room."""
+        _, tenant = self.tenant(name)
+        share = tenant.weight / (self.others.weight + sum(tenant.weight for tenant in self.tenants.values()))
+        requests = math.ceil(share * self.max_waiting_requests) if tenant.max_waiting is None else tenant.max_waiting
+        return requests, math.ceil(share * self.max_waiting_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a call asks for."""
+
+    tenant: str = ""
+    """The name it is counted under."""
+    requests: int
+    tokens: int
+    seconds_left: float
+    """To the call's deadline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """What waits when a call comes."""
+
+    requests: int = 0
+    tokens: int = 0
+    own_requests: int = 0
+    """Of the call's tenant."""
+    own_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,100 +107,59 @@ class Admission:
 
     def __init__(self, limits: AdmissionLimits) -> None:
         self._limits = limits
-        self._requests_on_the_way = 0
-        self._tokens_on_the_way = 0
-        self._on_the_way_of: Counter[str] = Counter()
+        self._requests: Counter[str] = Counter()
+        """On the way, by tenant."""
+        self._tokens: Counter[str] = Counter()
 
     @contextmanager
-    def admit(
-        self,
-        status: EngineStatus,
-        forecast: Forecast,
-        *,
-        requests: int,
-        tokens: int,
-        seconds_left: float,
-        tenant: str = "",
-        waiting_of_tenant: int = 0,
-    ) -> Iterator[None]:
+    def admit(self, demand: Demand, waiting: Waiting, forecast: Forecast) -> Iterator[None]:
         """Holds a place for a call's requests until they are handed over, which is the end of the block.
 
-        A call larger than the whole queue is admitted when nothing waits: its size was checked at the door.
-
-        Args:
-            seconds_left: to the call's deadline.
-            tenant: the name it is counted under.
+        A call larger than the whole queue is admitted when nothing waits, and one larger than its tenant's share when nothing
+        of that tenant does: its size was checked at the door.
 
         Raises:
             Refused: when the queue has no room for all of them, or they would come too late.
         """
-        self.check(
-            status,
-            forecast,
-            requests=requests,
-            tokens=tokens,
-            seconds_left=seconds_left,
-            tenant=tenant,
-            waiting_of_tenant=waiting_of_tenant,
-        )
-        self._requests_on_the_way += requests
-        self._tokens_on_the_way += tokens
-        self._on_the_way_of[tenant] += requests
+        self.check(demand, waiting, forecast)
+        tenant = demand.tenant
+        self._requests[tenant] += demand.requests
+        self._tokens[tenant] += demand.tokens
         try:
             yield
         finally:
-            self._requests_on_the_way -= requests
-            self._tokens_on_the_way -= tokens
-            self._on_the_way_of[tenant] -= requests
-            if not self._on_the_way_of[tenant]:
-                del self._on_the_way_of[tenant]
+            self._requests[tenant] -= demand.requests
+            self._tokens[tenant] -= demand.tokens
+            if not self._requests[tenant]:
+                del self._requests[tenant], self._tokens[tenant]
 
-    def check(
-        self,
-        status: EngineStatus,
-        forecast: Forecast,
-        *,
-        requests: int,
-        tokens: int,
-        seconds_left: float,
-        tenant: str = "",
-        waiting_of_tenant: int = 0,
-    ) -> None:
+    def check(self, demand: Demand, waiting: Waiting, forecast: Forecast) -> None:
         """As ``admit``, and holds no place. Raises Refused."""
-        self._check_room(status, forecast, requests, tokens)
-        self._check_cap(forecast, requests, tenant, waiting_of_tenant)
-        self._check_deadline(forecast, requests, seconds_left)
-
-    def _check_room(self, status: EngineStatus, forecast: Forecast, requests: int, tokens: int) -> None:
-        waiting_requests = status.waiting_requests + self._requests_on_the_way
-        waiting_tokens = status.waiting_tokens + self._tokens_on_the_way
-        over_requests = waiting_requests + requests - self._limits.max_waiting_requests
-        over_tokens = waiting_tokens + tokens - self._limits.max_waiting_tokens
-        if waiting_requests and (over_requests > 0 or over_tokens > 0):
-            # Tokens in the terms of requests: what waits is a fair sample of what will be served.
-            over = max(over_requests, over_tokens * waiting_requests / max(1, waiting_tokens))
+        most = self._limits.max_waiting_requests, self._limits.max_waiting_tokens
+        requests, tokens = waiting.requests + self._requests.total(), waiting.tokens + self._tokens.total()
+        if over := _beyond(most, requests, tokens, demand):
             raise Refused(
-                f"the server is busy: {waiting_requests} requests of {waiting_tokens} tokens are waiting",
+                f"the server is busy: {requests} requests of {tokens} tokens are waiting", self._until_served(over, forecast)
+            )
+        most = self._limits.max_waiting_of(demand.tenant)
+        own = waiting.own_requests + self._requests[demand.tenant]
+        own_tokens = waiting.own_tokens + self._tokens[demand.tenant]
+        if over := _beyond(most, own, own_tokens, demand):
+            raise Refused(
+                f"this tenant has {own} requests of {own_tokens} tokens waiting, and may have {most[0]} of {most[1]}",
                 self._until_served(over, forecast),
             )
+        self._check_deadline(demand, forecast)
 
-    def _check_cap(self, forecast: Forecast, requests: int, tenant: str, waiting: int) -> None:
-        cap = self._limits.tenant(tenant)[1].max_waiting
-        waiting += self._on_the_way_of[tenant]
-        if cap is not None and waiting and waiting + requests > cap:
-            raise Refused(
-                f"this tenant has {waiting} requests waiting, and may have {cap}",
-                self._until_served(waiting + requests - cap, forecast),
-            )
-
-    def _check_deadline(self, forecast: Forecast, requests: int, seconds_left: float) -> None:
+    def _check_deadline(self, demand: Demand, forecast: Forecast) -> None:
         wait = forecast.wait
         if forecast.per_second and wait:
-            wait += (self._requests_on_the_way + requests - 1) / forecast.per_second
-        if wait and _CAUTION * wait + forecast.seconds_each > seconds_left:
-            late = _CAUTION * wait + forecast.seconds_each - seconds_left
+            wait += (self._requests.total() + demand.requests - 1) / forecast.per_second
+        late = _CAUTION * wait + forecast.seconds_each - demand.seconds_left
+        if wait and late > 0:
+            expected, left = wait + forecast.seconds_each, demand.seconds_left
             raise Refused(
-                f"the answer would take about {wait + forecast.seconds_each:.3g} s, and there are {seconds_left:.3g} s left",
+                f"the answer would take about {expected:.3g} s, and there are {left:.3g} s left",
                 min(_LONGEST_RETRY, max(_SHORTEST_RETRY, late)),
             )
 
@@ -175,3 +167,12 @@ class Admission:
         if forecast.per_second is None:
             return self._limits.retry_after_seconds
         return min(_LONGEST_RETRY, max(_SHORTEST_RETRY, requests / forecast.per_second))
+
+
+def _beyond(most: tuple[int, int], requests: int, tokens: int, demand: Demand) -> float:
+    """How many requests are too many; 0 when there is room."""
+    if not requests:
+        return 0.0
+    over_tokens = tokens + demand.tokens - most[1]
+    # Tokens in the terms of requests: what waits is a fair sample of what will be served.
+    return max(0.0, requests + demand.requests - most[0], over_tokens * requests / max(1, tokens))

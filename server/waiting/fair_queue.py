@@ -3,13 +3,15 @@
 Strict between priorities, fair between the tenants of one priority: start-time fair queueing (Goyal, Vin, Cheng 1996). The
 first waiting item of each tenant has a start tag, the later of the virtual time and the end of the tenant's item that was
 served before it; the smallest tag goes first. A tenant of weight 2 gets twice the work of one of weight 1 while both have items
-waiting; one that was idle has saved up nothing, and one whose items were removed unserved has lost nothing.
+waiting; one that was idle, or had to stand aside, has saved up nothing, and one whose items were removed unserved has lost
+nothing.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -80,18 +82,33 @@ class FairQueue(Generic[T]):
             lane.lead(tenant, max(lane.virtual_time, lane.ends.pop(tenant, 0.0)))
         return ticket
 
-    def pop(self) -> T:
-        """The item whose turn it is. Raises IndexError when there is none."""
-        if not self._length:
-            raise IndexError("pop from an empty queue")
-        lane = self._lanes[max(self._lanes)]
-        while True:
-            tag, _, ticket = heapq.heappop(lane.heads)
-            if ticket.waiting:
-                break
-        lane.virtual_time = tag
-        self._take(lane, ticket, tag + ticket.work)
-        return ticket.item
+    def pop(self, may_go: Callable[[T], bool] = lambda item: True) -> T:
+        """The item whose turn it is. A tenant whose first item may not go stands aside, with all that it has of that priority.
+
+        Raises:
+            IndexError: when there is none.
+        """
+        for priority in sorted(self._lanes, reverse=True):
+            lane = self._lanes[priority]
+            aside = []
+            ticket = None
+            while lane.heads and ticket is None:
+                head = heapq.heappop(lane.heads)
+                if not head[2].waiting:
+                    continue
+                if may_go(head[2].item):
+                    tag, _, ticket = head
+                    lane.virtual_time = max(lane.virtual_time, tag)
+                else:
+                    aside.append(head)
+            for tag, number, other in aside:
+                later = tag if ticket is None else max(tag, lane.virtual_time)
+                lane.tags[other.tenant] = later
+                heapq.heappush(lane.heads, (later, number, other))
+            if ticket is not None:
+                self._take(lane, ticket, lane.tags[ticket.tenant] + ticket.work)
+                return ticket.item
+        raise IndexError("nothing in the queue may go")
 
     def remove(self, ticket: Ticket[T]) -> bool:
         """Takes an item out before its turn; False when it was not (or no longer) there."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from server.call import current_call
 from server.engines.engine_client import EngineClient, EngineStatus
 from server.engines.in_flight import SHUTTING_DOWN
 from server.requests import EncodingRequest, Event, Failed, Failure, GenerationRequest, TokensReady
-from server.waiting.admission import Admission, AdmissionLimits, Forecast
+from server.waiting.admission import Admission, AdmissionLimits, Demand, Forecast, Tenant, Waiting
 from server.waiting.fair_queue import FairQueue
 from server.waiting.service_rate import ServiceRate
 
@@ -30,6 +31,28 @@ _LOOKAHEAD = 0.25
 tenant's share counts any more."""
 
 
+@dataclass(slots=True, eq=False)
+class _Visit:
+    """A request on its way through the room."""
+
+    request: Request
+    tenant: str
+    rows: int
+    turn: asyncio.Future[bool]
+    """Whether it may go to the engine; False when the server stops before."""
+
+
+@dataclass(slots=True)
+class _Use:
+    """What one tenant has."""
+
+    waiting_tokens: int = 0
+    requests: int = 0
+    """Whose turn has come, and which have not ended."""
+    rows: int = 0
+    """Of these."""
+
+
 class WaitingRoom:
     """The queue of one model.
 
@@ -40,8 +63,9 @@ class WaitingRoom:
     def __init__(self, engine: EngineClient, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._limits, self._clock = engine, limits, clock
         self._admission = Admission(limits)
-        self._queue: FairQueue[asyncio.Future[bool]] = FairQueue()
-        self._tokens = 0
+        self._queue: FairQueue[_Visit] = FairQueue()
+        self._use: defaultdict[str, _Use] = defaultdict(_Use)
+        """By the name a tenant is counted under: one more than are configured, at most."""
         self._called = 0
         """Requests whose turn has come, and which the engine does not know of yet."""
         self._rate = ServiceRate()
@@ -63,54 +87,43 @@ class WaitingRoom:
         return replace(
             status,
             waiting_requests=status.waiting_requests + len(self._queue),
-            waiting_tokens=status.waiting_tokens + self._tokens,
+            waiting_tokens=status.waiting_tokens + sum(use.waiting_tokens for use in self._use.values()),
         )
 
     @property
     def forecast(self) -> Forecast:
         """For a request of the call that is running now."""
-        call = current_call.get(None)
-        name, tenant = self._limits.tenant(call.tenant if call else "")
-        ahead = self._queue.ahead_of(name, weight=tenant.weight, priority=call.priority if call else 0)
+        name, tenant, priority = self._caller
+        ahead = self._queue.ahead_of(name, weight=tenant.weight, priority=priority)
         wait = self._rate.wait(ahead + self._engine.status.waiting_requests) if ahead else 0.0
-        return Forecast(wait=wait, seconds_each=self._rate.most_seconds_each, per_second=self._rate.per_second)
+        per_second = self._rate.per_second
+        if tenant.max_rows is not None and self._rate.seconds_each and (own := self._queue.waiting_of(name)):
+            use = self._use[name]
+            at_once = max(1.0, tenant.max_rows * use.requests / max(1, use.rows))
+            own_per_second = at_once / self._rate.seconds_each
+            per_second = own_per_second if per_second is None else min(per_second, own_per_second)
+            wait = max(wait, own / per_second)
+        return Forecast(wait=wait, seconds_each=self._rate.most_seconds_each, per_second=per_second)
 
     def check(self) -> None:
         """Refuses what would be refused however small it is, before any work is done for it. Raises Refused."""
-        call = current_call.get()
-        tenant, _ = self._limits.tenant(call.tenant)
-        self._admission.check(
-            self.status,
-            self.forecast,
-            requests=1,
-            tokens=0,
-            seconds_left=call.seconds_left,
-            tenant=tenant,
-            waiting_of_tenant=self._queue.waiting_of(tenant),
-        )
+        self._admission.check(*self._situation(requests=1, tokens=0))
 
     @contextmanager
     def admit(self, requests: Sequence[Request]) -> Iterator[None]:
         """Until the running call has handed its requests over, which is the end of the block. Raises Refused."""
-        call = current_call.get()
-        tenant, _ = self._limits.tenant(call.tenant)
-        with self._admission.admit(
-            self.status,
-            self.forecast,
-            requests=len(requests),
-            tokens=sum(len(request.input_ids) for request in requests),
-            seconds_left=call.seconds_left,
-            tenant=tenant,
-            waiting_of_tenant=self._queue.waiting_of(tenant),
-        ):
+        tokens = sum(len(request.input_ids) for request in requests)
+        with self._admission.admit(*self._situation(requests=len(requests), tokens=tokens)):
             yield
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
-        if self._draining or ((self._queue or not self._has_room) and not await self._turn(request)):
+        name, _, _ = self._caller
+        visit = _Visit(request, name, _rows(request), asyncio.get_running_loop().create_future())
+        if self._draining or not await self._turn(visit):
             yield SHUTTING_DOWN
             return
         if self._is_hopeless:
-            self._let_in()
+            self._release(visit)
             yield TOO_LATE
             return
         began, counted = self._clock(), False
@@ -119,11 +132,11 @@ class WaitingRoom:
                 async for event in events:
                     if not counted and not isinstance(event, TokensReady):
                         counted = True
-                        self._count_end(None if isinstance(event, Failed) else self._clock() - began)
+                        self._count_end(visit, None if isinstance(event, Failed) else self._clock() - began)
                     yield event
         finally:
             if not counted:
-                self._count_end(None)
+                self._count_end(visit, None)
 
     async def drain(self, timeout: float) -> None:
         self._draining = True
@@ -131,11 +144,17 @@ class WaitingRoom:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout)
         while self._queue:
-            turn = self._queue.pop()
+            turn = self._queue.pop().turn
             if not turn.done():
                 turn.set_result(False)
         await asyncio.sleep(0)  # those whose turn has just come hand over
         await self._engine.drain(max(0.0, deadline - self._clock()))
+
+    @property
+    def _caller(self) -> tuple[str, Tenant, int]:
+        """Of the call that is running now: the name its tenant is counted under, the tenant, the priority."""
+        call = current_call.get(None)
+        return *self._limits.tenant(call.tenant if call else ""), call.priority if call else 0
 
     @property
     def _has_room(self) -> bool:
@@ -152,43 +171,83 @@ class WaitingRoom:
         call = current_call.get(None)
         return call is not None and call.seconds_left < (self._rate.seconds_each or 0.0) and self.status.waiting_requests > 0
 
-    async def _turn(self, request: Request) -> bool:
-        """Waits for the request's turn; False when the server stops before."""
-        call = current_call.get(None)
-        name, tenant = self._limits.tenant(call.tenant if call else "")
-        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        ticket = self._queue.put(
-            turn, tenant=name, weight=tenant.weight, priority=call.priority if call else 0, cost=_cost(request)
+    def _situation(self, *, requests: int, tokens: int) -> tuple[Demand, Waiting, Forecast]:
+        """What the running call asks for, what it finds, and what it can expect."""
+        (name, _, _), status = self._caller, self.status
+        demand = Demand(tenant=name, requests=requests, tokens=tokens, seconds_left=current_call.get().seconds_left)
+        waiting = Waiting(
+            requests=status.waiting_requests,
+            tokens=status.waiting_tokens,
+            own_requests=self._queue.waiting_of(name),
+            own_tokens=self._use[name].waiting_tokens,
         )
-        self._tokens += len(request.input_ids)
+        return demand, waiting, self.forecast
+
+    def _may_go(self, visit: _Visit) -> bool:
+        """Its tenant may hold these rows too."""
+        most, held = self._limits.tenant(visit.tenant)[1].max_rows, self._use[visit.tenant].rows
+        return most is None or held == 0 or held + visit.rows <= most
+
+    async def _turn(self, visit: _Visit) -> bool:
+        """Waits for the request's turn, and holds its rows then; False when the server stops before."""
+        use = self._use[visit.tenant]
+        if not self._queue and self._has_room and self._may_go(visit):
+            self._hold(visit)
+            return True
+        name, tenant, priority = self._caller
+        ticket = self._queue.put(visit, tenant=name, weight=tenant.weight, priority=priority, cost=_cost(visit.request))
+        use.waiting_tokens += len(visit.request.input_ids)
         self._empty.clear()
+        self._let_in()  # those who wait may be there for their tenants' sake alone
+        come = False
         try:
-            come = await turn
+            come = await visit.turn
         except asyncio.CancelledError:
             self._queue.remove(ticket)
-            self._leave(request, called=not turn.cancelled() and turn.result())
-            self._let_in()  # the turn may have come, and is the next one's then
+            come = not visit.turn.cancelled() and visit.turn.result()
+            if come:
+                self._called -= 1
+                self._release(visit)
             raise
-        self._leave(request, called=come)
-        return come
+        else:
+            self._called -= come
+            return come
+        finally:
+            use.waiting_tokens -= len(visit.request.input_ids)
+            if not self._queue and not self._called:
+                self._empty.set()
 
-    def _leave(self, request: Request, *, called: bool) -> None:
-        self._tokens -= len(request.input_ids)
-        self._called -= called
-        if not self._queue and not self._called:
-            self._empty.set()
+    def _hold(self, visit: _Visit) -> None:
+        use = self._use[visit.tenant]
+        use.requests += 1
+        use.rows += visit.rows
+
+    def _release(self, visit: _Visit) -> None:
+        """What it held, or would have, is the next one's."""
+        use = self._use[visit.tenant]
+        use.requests -= 1
+        use.rows -= visit.rows
+        self._let_in()
 
     def _let_in(self) -> None:
         """As many as there is room for, in their order."""
         while self._queue and self._has_room:
-            turn = self._queue.pop()
-            if not turn.done():  # cancelled, and its task has not run since
+            try:
+                visit = self._queue.pop(self._may_go)
+            except IndexError:
+                return
+            if not visit.turn.done():  # cancelled, and its task has not run since
                 self._called += 1
-                turn.set_result(True)
+                self._hold(visit)
+                visit.turn.set_result(True)
 
-    def _count_end(self, seconds: float | None) -> None:
+    def _count_end(self, visit: _Visit, seconds: float | None) -> None:
         self._rate.ended(self._clock(), seconds, others_wait=bool(self._queue))
-        self._let_in()
+        self._release(visit)
+
+
+def _rows(request: Request) -> int:
+    return 1 if isinstance(request, EncodingRequest) else request.decoding.rows
 
 
 def _cost(request: Request) -> float:

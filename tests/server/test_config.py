@@ -64,14 +64,18 @@ def test_models_have_names_of_their_own() -> None:
 
 
 def test_tenants_are_written_short() -> None:
-    assert parse_tenants(["search=4:200", "batch", "eu.mail=0.5"]) == {
+    assert parse_tenants(["search=4:200", "batch", "nightly=1:50:8", "cheap::4", "eu.mail=0.5"]) == {
         "search": Tenant(weight=4.0, max_waiting=200),
         "batch": Tenant(),
+        "nightly": Tenant(max_waiting=50, max_rows=8),
+        "cheap": Tenant(max_rows=4),
         "eu.mail": Tenant(weight=0.5),
     }
 
 
-@pytest.mark.parametrize("text", ["", "=4", "a=", "a=0", "a:0", "a=-1", "a=nan", "two words", "a" * 65])
+@pytest.mark.parametrize(
+    "text", ["", "=4", "a=", "a=0", "a:0", "a::0", "a:1:", "a:::1", "a=-1", "a=nan", "two words", "a" * 65]
+)
 def test_a_tenant_that_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="a tenant is written NAME"):
         parse_tenants([text])

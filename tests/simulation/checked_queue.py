@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,8 +24,8 @@ class _Item:
 class CheckedQueue(FairQueue[T]):
     """Raises AssertionError at the turn that is not fair.
 
-    Between tenants of one priority that both have items waiting all the time, what they are given, each divided by its weight,
-    differs by no more than one item of each (Goyal, Vin, Cheng 1996, theorem 1).
+    Between tenants of one priority that both have items waiting all the time, and need not stand aside, what they are given,
+    each divided by its weight, differs by no more than one item of each (Goyal, Vin, Cheng 1996, theorem 1).
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,8 @@ class CheckedQueue(FairQueue[T]):
         """By priority and two tenants: what the first was given more than the second while both had items waiting."""
         self._largest: dict[tuple[int, str], float] = {}
         """Cost over weight of a tenant's largest item."""
+        self._aside: set[tuple[int, str]] = set()
+        """Priority and tenant of those whose first item may not go now."""
 
     def put(self, item: T, *, tenant: str = "", weight: float = 1.0, priority: int = 0, cost: float = 1.0) -> Ticket[T]:
         waiting = self._tenants(priority)
@@ -48,9 +51,20 @@ class CheckedQueue(FairQueue[T]):
         self._agree()
         return ticket
 
-    def pop(self) -> T:
+    def pop(self, may_go: Callable[[T], bool] = lambda item: True) -> T:
         before = set(self._model)
-        item = super().pop()
+        firsts: dict[tuple[int, str], Ticket[T]] = {}
+        for ticket, one in sorted(self._model.values(), key=lambda pair: pair[1].number):
+            firsts.setdefault((one.priority, one.tenant), ticket)
+        self._aside = {key for key, ticket in firsts.items() if not may_go(ticket.item)}
+        try:
+            item = super().pop(may_go)
+        except IndexError:
+            assert self._aside == set(firsts), "something that may go is kept waiting"
+            raise
+        for aside in self._aside:  # from here on they are as if they had just come
+            for key in self._pairs(*aside):
+                self._given[key] = 0.0
         (gone,) = [key for key in before if not self._model[key][0].waiting]
         assert self._model[gone][0].item is item, "an item's turn came with another's ticket"
         self._check_turn(self._forget(self._model.pop(gone)[1]))
@@ -80,13 +94,18 @@ class CheckedQueue(FairQueue[T]):
     def _forget(self, item: _Item) -> _Item:
         """Its tenant may have nothing waiting any more."""
         if item.tenant not in self._tenants(item.priority):
-            for key in [key for key in self._given if key[0] == item.priority and item.tenant in key[1:]]:
+            for key in self._pairs(item.priority, item.tenant):
                 del self._given[key]
         return item
 
+    def _pairs(self, priority: int, tenant: str) -> list[tuple[int, str, str]]:
+        return [key for key in self._given if key[0] == priority and tenant in key[1:]]
+
     def _check_turn(self, turn: _Item) -> None:
         rest = [item for _, item in self._model.values()]
-        assert all(item.priority <= turn.priority for item in rest), "something more urgent waits"
+        urgent = {(item.priority, item.tenant) for item in rest if item.priority > turn.priority}
+        assert urgent <= self._aside, "something more urgent waits"
+        assert (turn.priority, turn.tenant) not in self._aside, "an item goes that may not"
         own = [item.number for item in rest if (item.tenant, item.priority) == (turn.tenant, turn.priority)]
         assert all(number > turn.number for number in own), "a tenant's items change their order"
         for other in self._tenants(turn.priority) - {turn.tenant}:

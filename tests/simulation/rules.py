@@ -37,6 +37,7 @@ class Rules:
     """Let in, and not handed over yet."""
     _tokens: int = 0
     _of_tenant: Counter[str] = field(default_factory=Counter)
+    _tokens_of_tenant: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
     def admit(self, call: Call, requests: Sequence[GenerationRequest]) -> Iterator[None]:
@@ -51,12 +52,14 @@ class Rules:
                 self._requests += len(requests)
                 self._tokens += tokens
                 self._of_tenant[tenant] += len(requests)
+                self._tokens_of_tenant[tenant] += tokens
                 try:
                     yield
                 finally:
                     self._requests -= len(requests)
                     self._tokens -= tokens
                     self._of_tenant[tenant] -= len(requests)
+                    self._tokens_of_tenant[tenant] -= tokens
         except Refused as refused:
             assert not entered
             assert refused.args == (str(refused),)
@@ -77,11 +80,13 @@ class Rules:
         if waiting and (over > 0 or over_tokens > 0):
             seconds = self._until_served(max(over, over_tokens * waiting / max(1, waiting_tokens)), forecast)
             reasons.append(_Reason("too much waits", seconds, seconds))
-        cap = self.limits.tenant(tenant)[1].max_waiting
         own = self.room._queue.waiting_of(tenant) + self._of_tenant[tenant]
-        if cap is not None and own and own + requests > cap:
-            seconds = self._until_served(own + requests - cap, forecast)
-            reasons.append(_Reason("too many of the tenant's wait", seconds, seconds))
+        own_tokens = self.room._use[tenant].waiting_tokens + self._tokens_of_tenant[tenant]
+        most, most_tokens = self.limits.max_waiting_of(tenant)
+        over, over_tokens = own + requests - most, own_tokens + tokens - most_tokens
+        if own and (over > 0 or over_tokens > 0):
+            seconds = self._until_served(max(over, over_tokens * own / max(1, own_tokens)), forecast)
+            reasons.append(_Reason("too much of the tenant's waits", seconds, seconds))
         if forecast.wait:
             assert forecast.per_second is not None
             wait = forecast.wait + (self._requests + requests - 1) / forecast.per_second

@@ -33,11 +33,8 @@ def _nothing(*args: object, **kwargs: object) -> None:
 
 FAULTS: dict[str, tuple[object, str, Callable[..., object]]] = {
     "a turn given back goes to nobody": (waiting_room.WaitingRoom, "_let_in", _nothing),
-    "the place of a call that was handed over is kept": (
-        waiting_room.WaitingRoom,
-        "_leave",
-        lambda self, request, *, called: None,
-    ),
+    "the rows of a request that has ended are kept": (waiting_room.WaitingRoom, "_release", lambda self, visit: self._let_in()),
+    "a tenant takes rows beyond its own": (waiting_room.WaitingRoom, "_may_go", lambda self, visit: True),
     "an ended request still counts": (in_flight.InFlight, "_answered", _nothing),
     "who leaves is not cancelled in the engine": (scheduler.Scheduler, "remove", lambda self, request_id: True),
     "rows that end are not given back": (

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from server.batch.engine import Engine
@@ -15,16 +16,26 @@ from server.edge.fan_out import RequestFailed, gather_results
 from server.engines.engine_client import EngineStatus
 from server.engines.in_flight import STOPPED, InFlight
 from server.engines.stepper import Command
-from server.requests import Decoding, Encoded, EncodingRequest, Event, Failure, Finished, GenerationRequest, Sampling
+from server.requests import (
+    Decoding,
+    Encoded,
+    EncodingRequest,
+    Event,
+    Failure,
+    Finished,
+    GenerationRequest,
+    Sampling,
+    TokensReady,
+)
 from server.waiting.admission import AdmissionLimits, Refused, Tenant
-from server.waiting.waiting_room import WaitingRoom
+from server.waiting.waiting_room import WaitingRoom, _Use
 from tests.simulation.checked_queue import CheckedQueue
 from tests.simulation.rules import Rules
 from tests.simulation.toy_model import EOS, VOCABULARY, ToyModel
 from tests.simulation.virtual_time import run
 
 _BOS = 1
-_TENANTS = {"a": Tenant(weight=2.0), "b": Tenant(max_waiting=6), "c": Tenant()}
+_TENANTS = {"a": Tenant(weight=2.0), "b": Tenant(max_waiting=6), "c": Tenant(max_rows=1)}
 
 
 class VirtualCall(Call):
@@ -48,6 +59,8 @@ class VirtualEngine:
         self.waiting_outside: Callable[[], int] = lambda: 0
         """Requests in the queue in front of this engine."""
         self.pace = rng.choice([0.001, 0.01, 0.1])
+        self._rows_of: Counter[str] = Counter()
+        """Held or asked for, by tenant."""
 
     def _build(self) -> Engine:
         loop = asyncio.get_running_loop()
@@ -57,11 +70,27 @@ class VirtualEngine:
         self._in_flight.alive = True
         self._worker = asyncio.create_task(self._work())
 
-    def submit(self, request: GenerationRequest | EncodingRequest) -> AsyncGenerator[Event, None]:
+    async def submit(self, request: GenerationRequest | EncodingRequest) -> AsyncGenerator[Event, None]:
         books = self._in_flight
         most = self._rows + max(1, self._rows // 4)  # with as much as rows can be free, and the little more
         assert not books.alive or books.draining or books.waiting_requests < most, "the engine is given what could still wait"
-        return books.run(request, self._send)
+        assert isinstance(request, GenerationRequest)
+        with self._held(current_call.get().tenant, request.decoding.rows) as release:
+            async with aclosing(books.run(request, self._send)) as events:
+                async for event in events:
+                    if not isinstance(event, TokensReady):
+                        release()
+                    yield event
+
+    @contextlib.contextmanager
+    def _held(self, tenant: str, rows: int) -> Iterator[Callable[[], None]]:
+        """A tenant holds no more rows than it may, or a single request that is wider."""
+        most = _TENANTS.get(tenant, Tenant()).max_rows
+        assert most is None or not self._rows_of[tenant] or self._rows_of[tenant] + rows <= most, "a tenant has too many rows"
+        self._rows_of[tenant] += rows
+        with contextlib.ExitStack() as release:
+            release.callback(self._rows_of.subtract, {tenant: rows})
+            yield release.close
 
     def listen(self, changed: Callable[[], None]) -> None:
         self._in_flight.listeners.append(changed)
@@ -179,7 +208,8 @@ async def _life(seed: int) -> Ledger:
     await asyncio.sleep(5 * engine.pace)
     status = room.status
     assert (status.waiting_requests, status.waiting_tokens, status.live_rows) == (0, 0, 0), f"left behind: {status}"
-    assert not room._admission._on_the_way_of, "a tenant that has nothing on the way is remembered"
+    assert not room._admission._requests and not room._admission._tokens, "a tenant that has nothing on the way is remembered"
+    assert all(use == _Use() for use in room._use.values()), f"a tenant that has nothing holds something: {room._use}"
     assert drains or (not engine.engine.has_work and engine.engine.rows.live == 0), "rows without an owner"
     if not drains:
         await room.drain(100.0)

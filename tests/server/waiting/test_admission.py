@@ -4,30 +4,32 @@ from contextlib import AbstractContextManager, ExitStack
 
 import pytest
 
-from server.engines.engine_client import EngineStatus
-from server.waiting.admission import Admission, AdmissionLimits, Forecast, Refused, Tenant
+from server.waiting.admission import Admission, AdmissionLimits, Demand, Forecast, Refused, Tenant, Waiting
 
 
-def status(requests: int = 0, tokens: int = 0) -> EngineStatus:
-    return EngineStatus(alive=True, live_rows=0, waiting_requests=requests, waiting_tokens=tokens)
+def status(requests: int = 0, tokens: int = 0) -> Waiting:
+    return Waiting(requests=requests, tokens=tokens)
 
 
-LIMITS = AdmissionLimits(
-    max_waiting_requests=10, max_waiting_tokens=100, retry_after_seconds=2.5, tenants={"capped": Tenant(max_waiting=3)}
+LIMITS = AdmissionLimits(max_waiting_requests=10, max_waiting_tokens=100, retry_after_seconds=2.5)
+SHARED = AdmissionLimits(
+    max_waiting_requests=10, max_waiting_tokens=100, tenants={"capped": Tenant(max_waiting=3), "heavy": Tenant(weight=2.0)}
 )
 UNKNOWN = Forecast(wait=0.0, seconds_each=0.0, per_second=None)
 
 
 def admit(
     admission: Admission,
-    waiting: EngineStatus,
+    waiting: Waiting,
     requests: int = 1,
     tokens: int = 1,
     forecast: Forecast = UNKNOWN,
     seconds_left: float = 60.0,
-    **others: object,
+    tenant: str = "",
 ) -> AbstractContextManager[None]:
-    return admission.admit(waiting, forecast, requests=requests, tokens=tokens, seconds_left=seconds_left, **others)  # type: ignore[arg-type]
+    return admission.admit(
+        Demand(tenant=tenant, requests=requests, tokens=tokens, seconds_left=seconds_left), waiting, forecast
+    )
 
 
 def test_there_is_room_up_to_the_limits() -> None:
@@ -36,7 +38,7 @@ def test_there_is_room_up_to_the_limits() -> None:
 
 
 @pytest.mark.parametrize(("waiting", "requests", "tokens"), [(status(9, 0), 2, 2), (status(1, 99), 1, 2)])
-def test_beyond_them_a_call_is_refused_with_a_time_to_come_back(waiting: EngineStatus, requests: int, tokens: int) -> None:
+def test_beyond_them_a_call_is_refused_with_a_time_to_come_back(waiting: Waiting, requests: int, tokens: int) -> None:
     with pytest.raises(Refused) as refused, admit(Admission(LIMITS), waiting, requests, tokens):
         pass
     assert refused.value.retry_after == 2.5
@@ -97,17 +99,37 @@ def test_without_a_wait_no_deadline_is_too_short() -> None:
 
 
 def test_a_tenant_has_a_bound_of_its_own() -> None:
-    admission = Admission(LIMITS)
-    with admit(admission, status(2, 2), tenant="capped", waiting_of_tenant=2):
-        refusal = pytest.raises(Refused, match="this tenant has 3 requests waiting, and may have 3")
-        with refusal, admit(admission, status(2, 2), tenant="capped", waiting_of_tenant=2):
+    admission, two = Admission(SHARED), Waiting(requests=2, tokens=2, own_requests=2, own_tokens=2)
+    with admit(admission, two, tenant="capped"):
+        refusal = pytest.raises(Refused, match="this tenant has 3 requests of 3 tokens waiting, and may have 3 of 25")
+        with refusal, admit(admission, two, tenant="capped"):
             pass
-        with admit(admission, status(2, 2), tenant="", waiting_of_tenant=2):
+        with admit(admission, two, tenant="heavy"):
             pass
-    with admit(admission, status(2, 2), tenant="capped", waiting_of_tenant=2):
+    with admit(admission, two, tenant="capped"):
+        pass
+
+
+@pytest.mark.parametrize(("tenant", "requests", "tokens"), [("heavy", 5, 50), ("", 3, 25)])
+def test_nobody_fills_the_queue_alone(tenant: str, requests: int, tokens: int) -> None:
+    """Weights 1, 2 and, for whoever is not named, 1: that share of 10 requests and of 100 tokens, rounded up."""
+    full = Waiting(requests=requests, tokens=requests, own_requests=requests, own_tokens=requests)
+    with pytest.raises(Refused, match=f"and may have {requests} of {tokens}"), admit(Admission(SHARED), full, tenant=tenant):
+        pass
+    with admit(Admission(SHARED), Waiting(requests=requests, tokens=requests), tenant="capped"):
+        pass  # there is room for the others
+    almost = Waiting(requests=requests - 1, tokens=tokens - 1, own_requests=requests - 1, own_tokens=tokens - 1)
+    with admit(Admission(SHARED), almost, tokens=1, tenant=tenant):
+        pass
+    with pytest.raises(Refused), admit(Admission(SHARED), almost, tokens=2, tenant=tenant):
+        pass
+
+
+def test_a_call_larger_than_its_tenants_share_is_admitted_when_nothing_of_it_waits() -> None:
+    with admit(Admission(SHARED), Waiting(requests=1, tokens=1), requests=9, tokens=99, tenant="capped"):
         pass
 
 
 def test_a_stranger_is_one_of_the_others() -> None:
-    assert LIMITS.tenant("invented-1") == LIMITS.tenant("invented-2") == ("", Tenant())
-    assert LIMITS.tenant("capped") == ("capped", Tenant(max_waiting=3))
+    assert SHARED.tenant("invented-1") == SHARED.tenant("invented-2") == ("", Tenant())
+    assert SHARED.tenant("capped") == ("capped", Tenant(max_waiting=3))

@@ -101,6 +101,24 @@ def test_priority_comes_before_fairness() -> None:
     assert drain(queue) == ["high", "high", "normal", "normal", "low"]
 
 
+def test_who_may_not_go_stands_aside_and_saves_up_nothing() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for name in "abab" * 4:
+        queue.put(name, tenant=name)
+    assert [queue.pop(lambda item: item == "b") for _ in range(5)] == ["b"] * 5
+    assert drain(queue)[:6] == ["a", "a", "b", "a", "b", "a"], "in turn, and not first all that was held back"
+
+
+def test_who_may_not_go_does_not_keep_up_the_less_urgent() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.put("urgent", tenant="a", priority=1)
+    queue.put("patient", tenant="b")
+    assert queue.pop(lambda item: item != "urgent") == "patient"
+    with pytest.raises(IndexError):
+        queue.pop(lambda item: False)
+    assert drain(queue) == ["urgent"]
+
+
 def test_what_is_ahead_is_what_the_shares_say() -> None:
     queue: FairQueue[str] = FairQueue()
     for _ in range(100):

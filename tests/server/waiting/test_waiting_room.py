@@ -58,12 +58,12 @@ def call(tenant: str = "", priority: int = 0, seconds: float = 60.0) -> Iterator
         current_call.reset(token)
 
 
-def request(name: str) -> GenerationRequest:
-    return GenerationRequest(id=name, input_ids=(5, 6, 2), decoding=Decoding(max_tokens=5))
+def request(name: str, beams: int = 1) -> GenerationRequest:
+    return GenerationRequest(id=name, input_ids=(5, 6, 2), decoding=Decoding(max_tokens=5, beams=beams))
 
 
-async def collect(room: WaitingRoom, name: str) -> list[Event]:
-    async with asyncio.timeout(10), aclosing(room.submit(request(name))) as events:
+async def collect(room: WaitingRoom, name: str, beams: int = 1) -> list[Event]:
+    async with asyncio.timeout(10), aclosing(room.submit(request(name, beams))) as events:
         return [event async for event in events]
 
 
@@ -110,6 +110,60 @@ async def test_wide_requests_are_not_piled_up_in_the_engine_where_no_share_count
         engine.let_go(f"r{n}")
         await settle()
     assert await asyncio.gather(*tasks) == [[DONE]] * 10
+
+
+async def test_a_tenant_holds_no_more_rows_than_it_may() -> None:
+    engine = Rows(8)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=2), "search": Tenant()}))
+    tasks = enter(room, "b0", "b1", "b2", "b3", tenant="batch")
+    await settle()
+    assert names(engine) == ["b0", "b1"], "though there are eight rows"
+    tasks += enter(room, "s0", "s1", tenant="search")
+    await settle()
+    assert names(engine)[2:] == ["s0", "s1"], "those who wait for rows of their own are in nobody's way"
+    engine.let_go("s0")
+    await settle()
+    assert len(engine.submitted) == 4, "a row that others give back is not the tenant's"
+    tasks.pop(2).cancel()  # b2 leaves the queue
+    engine.let_go("b0")
+    await settle()
+    assert names(engine)[4:] == ["b3"]
+    engine.let_go("b1", "b3", "s1")
+    assert await asyncio.gather(*tasks) == [[DONE]] * 5
+
+
+async def test_a_request_wider_than_its_tenants_rows_goes_alone() -> None:
+    engine = Rows(8, each=4)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=2)}))
+    with call("batch"):
+        tasks = [asyncio.create_task(collect(room, name, beams=4)) for name in ("b0", "b1")]
+    await settle()
+    assert names(engine) == ["b0"]
+    engine.let_go("b0")
+    await settle()
+    engine.let_go("b1")
+    assert await asyncio.gather(*tasks) == [[DONE]] * 2
+
+
+async def test_the_wait_of_a_tenant_with_few_rows_is_its_own() -> None:
+    """Two rows, half a second each: of what the engine could do besides, this tenant gets nothing."""
+    now = 0.0
+    engine = Rows(100)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=2)}), clock=lambda: now)
+    tasks = enter(room, *(f"b{n}" for n in range(30)), tenant="batch")
+    for first in range(0, 20, 2):
+        await settle()
+        now += 0.5
+        engine.let_go(f"b{first}", f"b{first + 1}")
+    await settle()
+    with call("batch"):
+        assert room.forecast.wait == pytest.approx(8 / 4, rel=0.2)
+        assert room.forecast.per_second == pytest.approx(4.0, rel=0.2)
+    with call(""):
+        assert room.forecast.wait < 0.5
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_who_leaves_while_waiting_never_reaches_the_engine() -> None:
