@@ -94,13 +94,15 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     seconds: Annotated[float, typer.Option(min=1, help="Length of each stage; there are two in a round.")] = 8.0,
     deadline: Annotated[float, typer.Option(min=0.05, help="Seconds that each call allows.")] = 2.0,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="That the greedy tenant may hold. Default: all of them.")] = None,
     beams: Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")] = None,
     inputs_file: Annotated[Path | None, typer.Option("--inputs", help="One text a line. Default: dates, made by code.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes the arrivals.")] = 1,
 ) -> None:
     """Starts a server of its own, and exits with 1 unless the others were served as if alone."""
     texts = inputs.read_lines(inputs_file) if inputs_file else inputs.dates(1000, seed)
-    tenants = [option for name in (*MODEST, GREEDY) for option in ("--tenant", name)]
+    greedy = GREEDY if max_rows is None else f"{GREEDY}::{max_rows}"
+    tenants = [option for name in (*MODEST, greedy) for option in ("--tenant", name)]
 
     async def run() -> tuple[list[Share], list[Share]]:
         async with server_process(bundle, "--device", "cpu", *tenants) as server:
