@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from server.call import current_call
 from server.engines.engine_client import EngineClient, EngineStatus
@@ -68,6 +69,8 @@ class WaitingRoom:
         """By the name a tenant is counted under: one more than are configured, at most."""
         self._called = 0
         """Requests whose turn has come, and which the engine does not know of yet."""
+        self._running: dict[_Visit, float] = {}
+        """Handed to the engine, and not ended: since when, the earliest first."""
         self._rate = ServiceRate()
         self._draining = False
         self._empty = asyncio.Event()
@@ -94,9 +97,8 @@ class WaitingRoom:
     def forecast(self) -> Forecast:
         """For a request of the call that is running now."""
         name, tenant, priority = self._caller
-        ahead = self._queue.ahead_of(name, weight=tenant.weight, priority=priority)
-        wait = self._rate.wait(ahead + self._engine.status.waiting_requests) if ahead else 0.0
-        per_second = self._rate.per_second
+        ahead, per_second = self._queue.ahead_of(name, weight=tenant.weight, priority=priority), self._rate.per_second
+        wait = self._wait(ahead) if ahead and not self._has_room else 0.0  # with room, only others' own bounds keep them
         if tenant.max_rows is not None and self._rate.seconds_each and (own := self._queue.waiting_of(name)):
             use = self._use[name]
             at_once = max(1.0, tenant.max_rows * use.requests / max(1, use.rows))
@@ -127,6 +129,7 @@ class WaitingRoom:
             yield TOO_LATE
             return
         began, counted = self._clock(), False
+        self._running[visit] = began
         try:
             async with aclosing(self._engine.submit(request)) as events:
                 async for event in events:
@@ -182,6 +185,20 @@ class WaitingRoom:
             own_tokens=self._use[name].waiting_tokens,
         )
         return demand, waiting, self.forecast
+
+    def _wait(self, ahead: int) -> float:
+        """Seconds until the turn of one that has so many ahead of it in the queue; 0 while nothing is known.
+
+        By the rate, or by when those that run will have made room if each takes its time: after a burst they all end together,
+        and until then nobody's turn comes.
+        """
+        waiting = self._engine.status.waiting_requests
+        wait, each, running = self._rate.wait(ahead + waiting), self._rate.seconds_each, len(self._running) - waiting
+        if not wait or each is None or running < 1:
+            return wait
+        rounds, place = divmod(ahead + waiting, running)
+        began = next(islice(self._running.values(), place, None))
+        return max(wait, began + (1 + rounds) * each - self._clock())
 
     def _may_go(self, visit: _Visit) -> bool:
         """Its tenant may hold these rows too."""
@@ -242,6 +259,7 @@ class WaitingRoom:
                 visit.turn.set_result(True)
 
     def _count_end(self, visit: _Visit, seconds: float | None) -> None:
+        del self._running[visit]
         self._rate.ended(self._clock(), seconds, others_wait=bool(self._queue))
         self._release(visit)
 

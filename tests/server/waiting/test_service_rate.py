@@ -41,3 +41,15 @@ def test_it_follows_the_machine() -> None:
         rate.ended(now, seconds, others_wait=True)
     assert rate.per_second == pytest.approx(10, rel=0.1)
     assert rate.seconds_each == pytest.approx(0.1, rel=0.01)
+
+
+def test_what_a_request_takes_is_what_it_takes_in_a_crowd() -> None:
+    rate = ServiceRate()
+    rate.ended(0.0, 0.05, others_wait=False)
+    assert rate.seconds_each == 0.05, "for want of anything better"
+    for n in range(100):
+        rate.ended(float(n), 0.3, others_wait=True)
+    crowded = rate.most_seconds_each
+    for n in range(100):  # a quiet night
+        rate.ended(1000.0 + n, 0.05, others_wait=False)
+    assert rate.most_seconds_each == crowded == pytest.approx(0.3, rel=0.01)

@@ -157,10 +157,10 @@ async def test_the_wait_of_a_tenant_with_few_rows_is_its_own() -> None:
         engine.let_go(f"b{first}", f"b{first + 1}")
     await settle()
     with call("batch"):
-        assert room.forecast.wait == pytest.approx(8 / 4, rel=0.2)
+        assert room.forecast.wait == pytest.approx(5 * 0.5, rel=0.2), "two have just begun, and eight are ahead"
         assert room.forecast.per_second == pytest.approx(4.0, rel=0.2)
     with call(""):
-        assert room.forecast.wait < 0.5
+        assert room.forecast.wait == 0.0
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -227,6 +227,28 @@ async def test_a_call_that_would_be_late_is_refused_and_another_tenants_is_not()
         pass
     with call("b", seconds=10.0), room.admit([request("x")]):
         pass
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_after_a_burst_nobodys_turn_comes_before_it_ends() -> None:
+    now = 0.0
+    engine = Rows(10)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    tasks = enter(room, *(f"r{n}" for n in range(40)))
+    for wave in range(3):  # ten begin together, and end together after a second
+        await settle()
+        now += 1.0
+        engine.let_go(*(f"r{n}" for n in range(10 * wave, 10 * wave + 10)))
+    await settle()
+    tasks += enter(room, *(f"s{n}" for n in range(6)))
+    await settle()
+    now += 0.1
+    with call():
+        forecast = room.forecast
+        assert forecast.per_second is not None
+        assert 6 / forecast.per_second < 0.6 < 0.9 <= forecast.wait < 1.3, "six ahead, ten in a second: but all have just begun"
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
