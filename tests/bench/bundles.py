@@ -50,6 +50,12 @@ def shape_bundle(shape: str) -> Path:
     return bundle
 
 
+def shape_texts(shape: str, count: int, seed: int) -> list[str]:
+    """Texts for ``shape_bundle(shape)``, of natural lengths."""
+    rng, alphabet = random.Random(seed), letters(SHAPES[shape].vocab_size - len(SPECIAL_TOKENS))
+    return ["".join(rng.choices(alphabet, k=natural_length(rng))) for _ in range(count)]
+
+
 def letters(count: int) -> str:
     """So many different characters that are letters of some script."""
     found = filter(str.isalpha, map(chr, range(_FIRST_LETTER, 0x110000)))

@@ -13,11 +13,12 @@ from typing import Annotated
 
 import typer
 
-from tests.load import arrivals, inputs
+from tests.load import arrivals
 from tests.load.ledger import OK, Percentiles, Record
 from tests.load.plan import Plan
 from tests.load.running import server_process
 from tests.load.stage import run_stage
+from tests.load.subject import subject
 from tests.load.sweep import probe_capacity
 from tests.load.verdict import conclude
 
@@ -118,7 +119,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Directory made by `python -m export`, of a model that generates; or --shape.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Instead of a bundle: one made for the purpose, tiny or base.")] = None,
     factor: Annotated[list[float] | None, typer.Option(help="Multiples of the capacity; default: 1, 1.5, 2, 4, 10.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Length of each stage.")] = 10.0,
     deadline: Annotated[float, typer.Option(min=0.05, help="Seconds that each call allows.")] = 1.0,
@@ -127,10 +131,10 @@ def main(
     seed: Annotated[int, typer.Option(help="Fixes the arrivals.")] = 1,
 ) -> None:
     """Starts a server of its own, and exits with 1 unless every promise was kept."""
-    texts = inputs.read_lines(inputs_file) if inputs_file else inputs.dates(1000, seed)
+    served, texts = subject(bundle, shape, inputs_file, seed)
 
     async def run() -> list[Stage]:
-        async with server_process(bundle, "--device", "cpu") as server:
+        async with server_process(served, "--device", "cpu") as server:
             base = Plan(
                 target=server.target,
                 texts=texts,

@@ -16,11 +16,12 @@ from typing import Annotated
 
 import typer
 
-from tests.load import arrivals, inputs
+from tests.load import arrivals
 from tests.load.ledger import OK, Percentiles, Record
 from tests.load.plan import Plan
 from tests.load.running import server_process
 from tests.load.stage import run_stage
+from tests.load.subject import subject
 from tests.load.sweep import probe_capacity
 from tests.load.verdict import conclude
 
@@ -88,7 +89,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Directory made by `python -m export`, of a model that generates; or --shape.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Instead of a bundle: one made for the purpose, tiny or base.")] = None,
     load: Annotated[float, typer.Option(min=0.05, max=1, help="Of its share that each modest tenant offers.")] = 0.8,
     excess: Annotated[float, typer.Option(min=1, help="Times its share that the greedy tenant offers.")] = 20.0,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
@@ -100,12 +104,12 @@ def main(
     seed: Annotated[int, typer.Option(help="Fixes the arrivals.")] = 1,
 ) -> None:
     """Starts a server of its own, and exits with 1 unless the others were served as if alone."""
-    texts = inputs.read_lines(inputs_file) if inputs_file else inputs.dates(1000, seed)
+    served, texts = subject(bundle, shape, inputs_file, seed)
     greedy = GREEDY if max_rows is None else f"{GREEDY}::{max_rows}"
     tenants = [option for name in (*MODEST, greedy) for option in ("--tenant", name)]
 
     async def run() -> tuple[list[Share], list[Share]]:
-        async with server_process(bundle, "--device", "cpu", *tenants) as server:
+        async with server_process(served, "--device", "cpu", *tenants) as server:
             base = Plan(
                 target=server.target,
                 texts=texts,
