@@ -39,6 +39,8 @@ from server.requests import Failed, Failure, InvalidRequest, Violation
 _log = logging.getLogger(__name__)
 
 _UNDECODABLE = object()
+_CLOCKS_APART_SECONDS = 0.01
+"""A caller's clock begins before ours, by the way of its call to here: at the deadline its cancellation may come first."""
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -73,10 +75,6 @@ class Guard(grpc.aio.ServerInterceptor):
             self._guarded[method] = self._guard(method, handler)
         return self._guarded[method]
 
-    def _seconds_for(self, context: grpc.aio.ServicerContext) -> float:
-        remaining = context.time_remaining()
-        return min(self._default_call_seconds if remaining is None else remaining, self._longest_call_seconds)
-
     def _guard(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         streams = handler.response_streaming
         behaviour = handler.unary_stream if streams else handler.unary_unary
@@ -92,8 +90,10 @@ class Guard(grpc.aio.ServerInterceptor):
                     raise InvalidRequest([Violation("request", f"the bytes are not a request message of {method}")])
                 if not metered:
                     return await behaviour(request, context)
-                call.longest_seconds = self._seconds_for(context)
-                async with _within(call.longest_seconds):
+                remaining = context.time_remaining()
+                offered = self._default_call_seconds if remaining is None else remaining
+                call.longest_seconds = min(offered, self._longest_call_seconds)
+                async with _within(None if call.longest_seconds == remaining else call.longest_seconds):
                     return await behaviour(request, context)
 
         make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
@@ -125,7 +125,14 @@ def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 @asynccontextmanager
-async def _within(seconds: float) -> AsyncIterator[None]:
+async def _within(seconds: float | None) -> AsyncIterator[None]:
+    """Raises DeadlinePassed.
+
+    Args:
+        seconds: None when the caller's own deadline comes before any of the server's. gRPC ends the call then, and a second
+            clock would race with it: a status sent on a call that has just ended fails, and what a failed batch of operations
+            takes, grpc.aio never frees (github.com/grpc/grpc/issues/43360).
+    """
     try:
         async with asyncio.timeout(seconds) as limit:
             yield
@@ -171,7 +178,8 @@ async def _answered(call: Call, context: grpc.aio.ServicerContext, on_end: Calla
 
 
 def _end_of_abandoned(context: grpc.aio.ServicerContext) -> Outcome:
-    return Outcome.DEADLINE if context.time_remaining() == 0 else Outcome.CANCELLED
+    remaining = context.time_remaining()
+    return Outcome.CANCELLED if remaining is None or remaining > _CLOCKS_APART_SECONDS else Outcome.DEADLINE
 
 
 def _ignore(call: Call) -> None:

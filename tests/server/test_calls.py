@@ -14,6 +14,7 @@ import pytest
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
 from server.client import CallError
+from server.edge import errors, interceptors
 from server.logs import JsonFormatter
 from server.requests import Encoded, Failed, Failure, Finished, TokensReady
 from server.waiting.admission import AdmissionLimits
@@ -127,6 +128,25 @@ async def test_a_deadline_closes_the_engines_iterators(call) -> None:  # type: i
         await until(lambda: engine.live == 0)
         assert len(engine.closed_early) == len(engine.submitted) == 2
         await until(lambda: ended(running, "deadline", method) == attempts)
+
+
+@both
+async def test_no_status_is_sent_on_a_call_that_grpc_has_ended(call, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """It would fail, and grpc.aio does not free what a failed batch of operations takes."""
+    sent = list[Exception]()
+
+    def status_of(error: Exception, request_id: str) -> grpc.Status:
+        sent.append(error)
+        return errors.status_of(error, request_id)
+
+    monkeypatch.setattr(interceptors, "status_of", status_of)
+    method = "Generate" if call is unary else "GenerateStream"
+    async with run_server(served_model(FakeEngine(says(asyncio.Event())))) as running:
+        late = await asyncio.gather(*(call(running, timeout=0.3) for _ in range(30)), return_exceptions=True)
+        assert {error.code() for error in late} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        await until(lambda: running.value("transformer_requests_total", model="dates", method=method, outcome="deadline"))
+        await until(lambda: len(asyncio.all_tasks()) < 30)
+    assert sent == []
 
 
 @both
