@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ class Resting:
     threads: int
     memory: int
     """Resident bytes that are no file's."""
+    in_use: int
+    """Bytes that malloc has given out and not got back: what is left of ``memory`` without what malloc holds for later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +65,14 @@ class ServerProcess:
         return [int(child) for child in children if module.encode() in command_line(child)]
 
     async def resting(self) -> Resting:
-        """Of a server that is a ``tests.load.watched_server``: others do not show their tasks."""
+        """Of a server that is a ``tests.load.watched_server``: others do not show their tasks and what they use."""
+        series = await self.series()
         return Resting(
             descriptors=_count(self.pid, "fd"),
-            tasks=round((await self.series())["asyncio_tasks", ""]),
+            tasks=round(series["asyncio_tasks", ""]),
             threads=_count(self.pid, "task"),
             memory=anonymous_bytes(self.pid),
+            in_use=round(series["malloc_in_use_bytes", ""]),
         )
 
     async def series(self) -> dict[tuple[str, str], float]:
@@ -95,16 +100,19 @@ def command_line(pid: str) -> bytes:
 
 
 @asynccontextmanager
-async def server_process(*arguments: str | Path, module: str = "server") -> AsyncIterator[ServerProcess]:
+async def server_process(
+    *arguments: str | Path, module: str = "server", environment: Mapping[str, str] | None = None
+) -> AsyncIterator[ServerProcess]:
     """Serves bundles on free ports until the block ends. Raises ServerError.
 
     Args:
         arguments: bundles and flags, as on the command line.
         module: what is started in the server's place.
+        environment: variables that it has beside those of this process.
     """
     free = ("--port", "0", "--http-port", "0")  # the last of two flags counts
     command = [sys.executable, "-m", module, *free, *map(str, arguments)]
-    process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE, env={**os.environ, **(environment or {})})
     assert process.stderr is not None
     ports: dict[str, int] = {}
     said: list[str] = []

@@ -1,7 +1,12 @@
 """``python -m tests.load.soak``: an hour of everyday calls. Memory must not grow; descriptors and tasks must be as before.
 
 Growth is counted in bytes for each call, because that is how services leak, and compared with what a leak of one small object a
-call would be. ``--plant-leak`` starts a server that keeps 1 KB of every call, which the same check must then find.
+call would be. The front end is judged by what malloc has given out, not by what is resident: that moves with what malloc holds
+for later, too, by megabytes and for minutes, which would hide a leak of this size, or look like one. ``--plant-leak BYTES``
+starts a server that keeps so much of every call, which the same check must then find.
+
+One leak is known, and gRPC's: what a batch of operations takes that fails is never freed (github.com/grpc/grpc/issues/43360),
+and the first batch of a call fails when the call ends before it was read. The check allows for that in each call that was left.
 """
 
 from __future__ import annotations
@@ -12,7 +17,8 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -25,19 +31,29 @@ from protos import transformer_pb2_grpc
 from tests.load.running import Resting, ServerProcess, anonymous_bytes, server_process
 from tests.load.trend import Slope, slope
 from tests.load.verdict import conclude
-from tests.load.watched_server import PLANT_LEAK
+from tests.load.watched_server import COUNTED, PLANT_LEAK
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _CALL_SECONDS = 60.0
 _QUIET_SECONDS = 3.0
 """After the last call, before it is seen what is left."""
+_REST_SECONDS = 0.05
+"""After the last call of many, for the server to put it away."""
+_FEWEST_SAMPLES = 10
+"""However long they take: fewer have no slope."""
 _WARM_UP = 0.25
-"""Share of the samples that show caches and pools filling up."""
+"""Share of the samples that show caches and pools filling up, at least, ..."""
+_WARM_UP_CALLS = 10_000
+"""... until so many calls, which is when a front end was seen to level off, or half of a run that is too short for that."""
 _CALLS_OF_A_CHANNEL = 200
 """Before it is closed and another opened: connections come and go, too."""
+LEAVING = 0.1
 _EXPECTED = {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 MOST_BYTES = 16.0
 """Growth for each call: at 40 calls a second, 2 MB in an hour."""
+GRPC_BYTES = 96.0
+"""Kept by grpc.aio of a call that ended before it was read: one operation of 80 bytes, as malloc rounds it up."""
+_LEFT = ("CANCELLED", "DEADLINE_EXCEEDED")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +77,27 @@ class Report:
     """Descriptors and tasks, quiet."""
     after: tuple[int, int] = (0, 0)
 
+    @property
+    def known_bytes(self) -> float:
+        """Growth of the front end for each call that is gRPC's: as if every call that its caller left had not been read yet."""
+        return GRPC_BYTES * sum(self.statuses[status] for status in _LEFT) / max(1, self.statuses.total())
+
     def growth(self, of: Callable[[Sample], int]) -> Slope:
         """Bytes for each call, once warm."""
-        warm = self.samples[int(_WARM_UP * len(self.samples)) :]
+        cold = sum(sample.calls < _WARM_UP_CALLS for sample in self.samples)
+        warm = self.samples[max(int(_WARM_UP * len(self.samples)), min(cold, len(self.samples) // 2)) :]
         return slope([one.calls for one in warm], [of(one) for one in warm])
 
     def problems(self, most_bytes: float) -> list[str]:
         """Nothing may grow, and growing is told from standing still: where the bounds leave it open, the run was too short."""
         problems = [f"{count} calls ended with {code}" for code, count in self.statuses.items() if code not in _EXPECTED]
-        for name, growth in (("front end", self.growth(front_end)), ("engine", self.growth(engine))):
-            if growth.low > most_bytes:
+        for name, growth, known in (
+            ("front end", self.growth(front_end), self.known_bytes),
+            ("engine", self.growth(engine), 0.0),
+        ):
+            if growth.low > most_bytes + known:
                 problems.append(f"the {name} leaks {growth.middle:.0f} bytes a call")
-            elif growth.high > most_bytes:
+            elif growth.high > most_bytes + known:
                 problems.append(f"the {name} may leak up to {growth.high:.0f} bytes a call: the run was too short to tell")
         if self.after != self.before:
             problems.append(f"descriptors and tasks were {self.before} before, and {self.after} after")
@@ -80,6 +105,10 @@ class Report:
 
 
 def front_end(sample: Sample) -> int:
+    return sample.front_end.in_use
+
+
+def resident(sample: Sample) -> int:
     return sample.front_end.memory
 
 
@@ -93,11 +122,16 @@ async def soak(
     *,
     rate: float = 40.0,
     every: float = 5.0,
+    leaving: float = LEAVING,
     seed: int = 1,
     say: Callable[[Sample], None] = lambda _: None,
 ) -> Report:
-    """Calls of every kind at ``rate`` a second (Poisson), a sample every so many seconds."""
-    report, callers = Report(), _Callers(server, seed)
+    """Calls of every kind at ``rate`` a second (Poisson), a sample every so many seconds.
+
+    Args:
+        leaving: share of calls whose caller leaves after 1 to 50 ms, or gives them no more time than that.
+    """
+    report, callers = Report(), _Callers(server, leaving, seed)
     for _ in range(40):
         await callers.call()
     await callers.renew()
@@ -107,8 +141,12 @@ async def soak(
     began = time.monotonic()
     load = asyncio.create_task(callers.come(rate))
     try:
-        while (elapsed := time.monotonic() - began) < seconds and not load.done():
-            report.samples.append(await _sample(server, elapsed, callers.statuses.total()))
+        while not load.done():
+            elapsed = time.monotonic() - began
+            if elapsed >= seconds and len(report.samples) >= _FEWEST_SAMPLES:
+                break
+            async with callers.quiet():
+                report.samples.append(await _sample(server, elapsed, callers.statuses.total()))
             say(report.samples[-1])
             await asyncio.sleep(every)
     finally:
@@ -128,11 +166,13 @@ async def soak(
 class _Callers:
     """Who calls a service in the course of a day: patient ones, readers of streams, some who are wrong, some who leave."""
 
-    def __init__(self, server: ServerProcess, seed: int) -> None:
-        self._target, self._random = server.target, random.Random(seed)
+    def __init__(self, server: ServerProcess, leaving: float, seed: int) -> None:
+        self._target, self._leaving, self._random = server.target, leaving, random.Random(seed)
         self._running: set[asyncio.Task[None]] = set()
         self._made = 0
         self._channel = self._open()
+        self._wanted = asyncio.Event()
+        self._wanted.set()
         self.statuses: Counter[str] = Counter()
 
     async def come(self, rate: float) -> None:
@@ -140,6 +180,7 @@ class _Callers:
         while True:
             due = max(due + self._random.expovariate(rate), time.monotonic() - 1)  # no burst after a time of being frozen
             await asyncio.sleep(max(0.0, due - time.monotonic()))
+            await self._wanted.wait()
             task = asyncio.create_task(self.call())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
@@ -160,6 +201,18 @@ class _Callers:
         self._running.add(closing)
         closing.add_done_callback(self._running.discard)
 
+    @asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """Nobody calls: a call in flight takes tens of kilobytes, far more than what is looked for."""
+        self._wanted.clear()
+        try:
+            while self._running:
+                await asyncio.wait(self._running)
+                await asyncio.sleep(_REST_SECONDS)
+            yield
+        finally:
+            self._wanted.set()
+
     async def leave(self) -> None:
         """The last call has ended, and one connection is left."""
         await asyncio.gather(*self._running)
@@ -174,7 +227,7 @@ class _Callers:
     async def _status(self) -> str:
         draw, stub = self._random, transformer_pb2_grpc.TransformerStub(self._channel)
         kind, leaves = draw.random(), draw.random()
-        timeout = draw.uniform(0.001, 0.05) if leaves < 0.05 else _CALL_SECONDS
+        timeout = draw.uniform(0.001, 0.05) if leaves < self._leaving / 2 else _CALL_SECONDS
         try:
             if kind < 0.4:
                 call = stub.Generate(self._generation(), timeout=timeout)
@@ -187,7 +240,7 @@ class _Callers:
                 call = stub.Tokenize(pb.TokenizeRequest(texts=[self._text()]), timeout=timeout)
             else:
                 call = stub.Generate(pb.GenerateRequest(), timeout=timeout)
-            if leaves > 0.95:
+            if leaves >= 1 - self._leaving / 2:
                 asyncio.get_running_loop().call_later(draw.uniform(0.001, 0.05), call.cancel)
             if 0.4 <= kind < 0.8:
                 async for _ in call:
@@ -239,7 +292,10 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.1, help="Length of the load.")] = 60.0,
     rate: Annotated[float, typer.Option(min=0.1, help="Calls a second.")] = 40.0,
     most_bytes: Annotated[float, typer.Option(min=0.0, help="Growth for each call that is none.")] = MOST_BYTES,
-    plant_leak: Annotated[bool, typer.Option("--plant-leak", help="Serve with a server that leaks 1 KB a call.")] = False,
+    plant_leak: Annotated[int, typer.Option(min=0, help="Serve with a server that leaks so many bytes a call.")] = 0,
+    leaving: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of calls whose caller leaves, or has hardly any time.")
+    ] = LEAVING,
     seed: Annotated[int, typer.Option(help="Fixes what is asked.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every sample here, a line each.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw memory over time here.")] = None,
@@ -257,9 +313,11 @@ def main(
             print(_row(sample), flush=True)
 
     async def run(served: Path) -> Report:
-        flags = ("--device", "cpu", "--engines", "1", "--threads", "1", *((PLANT_LEAK,) if plant_leak else ()))
-        async with server_process(served, *flags, module="tests.load.watched_server") as server:
-            return await soak(server, 60 * minutes, rate=rate, every=every, seed=seed, say=say)
+        flags = ["--device", "cpu", "--engines", "1", "--threads", "1"]
+        if plant_leak:
+            flags += [PLANT_LEAK, str(plant_leak)]
+        async with server_process(served, *flags, module="tests.load.watched_server", environment=COUNTED) as server:
+            return await soak(server, 60 * minutes, rate=rate, every=every, leaving=leaving, seed=seed, say=say)
 
     every = min(5.0, 60 * minutes / 100)
     with tempfile.TemporaryDirectory() as folder:
@@ -269,12 +327,17 @@ def main(
         f"{last.seconds / 60:.1f} minutes, {last.calls} calls: {dict(report.statuses)}",
         f"descriptors and tasks: {report.before} before, {report.after} after",
     ]
-    for name, growth in (("front end", report.growth(front_end)), ("engine", report.growth(engine))):
+    for name, growth in (
+        ("front end", report.growth(front_end)),
+        ("front end, resident", report.growth(resident)),
+        ("engine", report.growth(engine)),
+    ):
         hourly = 3600 * last.calls / last.seconds / 2**20
         facts.append(
             f"{name}: {growth.middle:+.1f} bytes a call (95 %: {growth.low:+.1f} to {growth.high:+.1f}),"
             f" at this rate {growth.middle * hourly:+.2f} MiB an hour (to {growth.high * hourly:+.2f})"
         )
+    facts.append(f"of the front end, up to {report.known_bytes:.1f} bytes a call are gRPC's own leak, of calls that were left")
     if png is not None:
         from tests.load.soak_plot import draw  # matplotlib takes a second
 
@@ -284,7 +347,8 @@ def main(
 
 def _row(sample: Sample) -> str:
     return (
-        f"{sample.seconds / 60:6.1f} min {sample.calls:8} calls: front end {sample.front_end.memory / 2**20:7.2f} MiB,"
+        f"{sample.seconds / 60:6.1f} min {sample.calls:8} calls: front end {sample.front_end.memory / 2**20:7.2f} MiB"
+        f" ({sample.front_end.in_use / 2**20:.2f} in use),"
         f" engine {sample.engine_memory / 2**20:7.2f} MiB, {sample.front_end.descriptors} descriptors,"
         f" {sample.front_end.tasks} tasks, {sample.front_end.threads} threads"
     )
