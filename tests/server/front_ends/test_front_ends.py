@@ -137,6 +137,24 @@ async def test_stopping_finishes_what_is_in_flight(bundles: dict[str, Path]) -> 
     assert not [pid for pid in everything if exists(pid)]
 
 
+async def test_a_second_signal_does_not_wait(bundles: dict[str, Path]) -> None:
+    async with server_process(bundles["encoder_decoder"], *TINY) as server:
+        (engine,) = server.engines
+        os.kill(engine, signal.SIGSTOP)  # nothing in flight comes to its end by itself
+        async with Callers(server.target) as callers:
+            series = server.series
+            async with asyncio.timeout(30):
+                while (await series())["transformer_requests_waiting", ""] < callers.connections:
+                    await asyncio.sleep(0.05)
+            everything = processes_of(server)
+            os.kill(server.pid, signal.SIGTERM)
+            await asyncio.sleep(2)
+            assert exists(server.pid) and callers.ended["OK"] == 0, "it waits for what is in flight"
+            os.kill(server.pid, signal.SIGTERM)
+            await eventually(lambda: not any(exists(pid) for pid in [server.pid, *everything]), seconds=10)
+        assert set(callers.ended) == {"UNAVAILABLE"}
+
+
 async def test_nothing_outlives_the_server(bundles: dict[str, Path]) -> None:
     async with server_process(bundles["encoder_decoder"], *TINY) as server:
         everything = processes_of(server)
