@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import Signature, signature
+from typing import Annotated, Any
 
 import typer
 
@@ -108,12 +110,8 @@ def connect(
     context.obj = Connection(target, model, timeout)
 
 
-@app.command()
-def generate(
-    context: typer.Context,
-    texts: Texts,
+def decoding_options(
     beams: Beams = None,
-    hypotheses: Hypotheses = None,
     max_tokens: MaxTokens = None,
     min_tokens: MinTokens = None,
     length_penalty: LengthPenalty = None,
@@ -133,20 +131,16 @@ def generate(
     stop: Stop = [],  # noqa: B006
     ignore_end_of_text: IgnoreEndOfText = False,
     require: Require = [],  # noqa: B006
-    alternatives: Alternatives = None,
-    prefix: Prefix = "",
-    alignment: ShowAlignment = False,
-    json: Json = False,
-) -> None:
-    """Prints what the model writes; with several hypotheses or alternatives, each with its probability."""
-    options = Options(
+) -> Options:
+    """The flags that every command has that writes text."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    return Options(
         beams=beams,
-        hypotheses=hypotheses,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         length_penalty=length_penalty,
         coverage_penalty=coverage_penalty,
-        sampling=_sampling(temperature, top_k, top_p, min_p, seed),
+        sampling=None if sampling == Sampling() else sampling,  # any of the five asks for it
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
@@ -157,8 +151,38 @@ def generate(
         stop_strings=stop,
         ignore_end_of_text=ignore_end_of_text or None,
         required_phrases=require,
-        alternatives=alternatives,
     )
+
+
+def takes_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
+    """In place of its parameter ``options`` the command takes the flags of ``decoding_options``."""
+    own, flags = (signature(one, eval_str=True).parameters for one in (command, decoding_options))
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        options = decoding_options(**{name: given.pop(name) for name in flags})
+        command(options=options, **given)
+
+    kept = [parameter for name, parameter in own.items() if name != "options"]
+    positional, named = ([p for p in kept if (p.default is p.empty) is needed] for needed in (True, False))
+    run.__signature__ = Signature([*positional, *flags.values(), *named])  # type: ignore[attr-defined]  # where typer looks
+    return run
+
+
+@app.command()
+@takes_decoding_options
+def generate(
+    context: typer.Context,
+    texts: Texts,
+    options: Options,
+    hypotheses: Hypotheses = None,
+    alternatives: Alternatives = None,
+    prefix: Prefix = "",
+    alignment: ShowAlignment = False,
+    json: Json = False,
+) -> None:
+    """Prints what the model writes; with several hypotheses or alternatives, each with its probability."""
+    options = replace(options, hypotheses=hypotheses, alternatives=alternatives)
     with _client(context) as client:
         results = client.generate(
             texts, options, target_prefix=prefix, return_tokens=json, attention="alignment" if alignment else ""
@@ -167,51 +191,15 @@ def generate(
 
 
 @app.command()
+@takes_decoding_options
 def stream(
     context: typer.Context,
     text: Annotated[str, typer.Argument(help="One text.", show_default=False)],
-    beams: Beams = None,
-    max_tokens: MaxTokens = None,
-    min_tokens: MinTokens = None,
-    length_penalty: LengthPenalty = None,
-    coverage_penalty: CoveragePenalty = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    repetition_penalty: RepetitionPenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    presence_penalty: PresencePenalty = None,
-    no_repeat_ngram: NoRepeatNgram = None,
-    token_bias: TokenBias = [],  # noqa: B006 (typer's way to say that there may be none)
-    suppress: Suppress = [],  # noqa: B006
-    stop_token: StopToken = [],  # noqa: B006
-    stop: Stop = [],  # noqa: B006
-    ignore_end_of_text: IgnoreEndOfText = False,
-    require: Require = [],  # noqa: B006
+    options: Options,
     prefix: Prefix = "",
     json: Json = False,
 ) -> None:
     """Prints what the model writes, while it writes."""
-    options = Options(
-        beams=beams,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        length_penalty=length_penalty,
-        coverage_penalty=coverage_penalty,
-        sampling=_sampling(temperature, top_k, top_p, min_p, seed),
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        no_repeat_ngram=no_repeat_ngram,
-        token_bias=_biases(token_bias),
-        suppressed_tokens=suppress,
-        stop_tokens=stop_token,
-        stop_strings=stop,
-        ignore_end_of_text=ignore_end_of_text or None,
-        required_phrases=require,
-    )
     with _client(context) as client:
         for event in client.stream([text], options, target_prefix=prefix, return_tokens=json):
             if json:
@@ -286,14 +274,6 @@ def health(context: typer.Context) -> None:
 def _client(context: typer.Context) -> AbstractContextManager[SyncTransformerClient]:
     connection: Connection = context.obj
     return connection.open()
-
-
-def _sampling(
-    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
-) -> Sampling | None:
-    """Any of the five asks for sampling."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    return None if sampling == Sampling() else sampling
 
 
 def _biases(written: list[str]) -> dict[int, float]:
