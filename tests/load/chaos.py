@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import grpc
@@ -25,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
 from tests.load.running import ServerProcess, server_process
+from tests.load.subject import GivenBundle
 from tests.load.verdict import conclude
 
 OUTCOMES = {
@@ -209,7 +209,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
+    bundle: GivenBundle,
     rounds: Annotated[int, typer.Option(min=1, help="Of each fault.")] = 20,
     callers: Annotated[int, typer.Option(min=1, help="Calls in flight.")] = 32,
     stall_seconds: Annotated[float, typer.Option(min=0.5, help="Passed to the server.")] = 8.0,

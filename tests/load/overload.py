@@ -18,7 +18,7 @@ from tests.load.ledger import OK, Percentiles, Record
 from tests.load.plan import Plan
 from tests.load.running import server_process
 from tests.load.stage import run_stage
-from tests.load.subject import subject
+from tests.load.subject import PerhapsBundle, subject
 from tests.load.sweep import probe_capacity
 from tests.load.verdict import conclude
 
@@ -119,9 +119,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="Directory made by `python -m export`, of a model that generates; or --shape.")
-    ] = None,
+    bundle: PerhapsBundle = None,
     shape: Annotated[str | None, typer.Option(help="Instead of a bundle: one made for the purpose, tiny or base.")] = None,
     factor: Annotated[list[float] | None, typer.Option(help="Multiples of the capacity; default: 1, 1.5, 2, 4, 10.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Length of each stage.")] = 10.0,

@@ -24,6 +24,7 @@ import typer
 from server.client import CallError, Options, TransformerClient
 from tests.load import inputs
 from tests.load.running import ServerProcess, server_process
+from tests.load.subject import GivenBundle
 from tests.load.verdict import conclude
 
 _LONGEST_TEXT = 16
@@ -132,7 +133,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
+    bundle: GivenBundle,
     rounds: Annotated[int, typer.Option(min=1, help="Kills, and restarts.")] = 20,
     calls: Annotated[int, typer.Option(min=0, help="At least so many in all.")] = 100_000,
     callers: Annotated[int, typer.Option(min=1, help="Calls in flight.")] = 16,

@@ -29,6 +29,7 @@ import typer
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
 from tests.load.running import Resting, ServerProcess, anonymous_bytes, server_process
+from tests.load.subject import checked
 from tests.load.trend import Slope, slope
 from tests.load.verdict import conclude
 from tests.load.watched_server import COUNTED, PLANT_LEAK
@@ -287,7 +288,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     bundle: Annotated[
         Path | None,
-        typer.Argument(help="Directory made by `python -m export`; without one, a tiny model with random weights."),
+        typer.Argument(
+            help="Directory made by `python -m export`; without one, a tiny model with random weights.", callback=checked
+        ),
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Length of the load.")] = 60.0,
     rate: Annotated[float, typer.Option(min=0.1, help="Calls a second.")] = 40.0,

@@ -28,6 +28,7 @@ from server.loading import load_model
 from server.metrics import Metrics
 from server.server import Server
 from tests.load.observed_engine import ObservedEngine
+from tests.load.subject import GivenBundle
 from tests.load.verdict import conclude
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -173,7 +174,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.")],
+    bundle: GivenBundle,
     calls: Annotated[int, typer.Option(min=1, help="Calls that are abandoned, with the engine in each place.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Fixes what is asked and when it is abandoned.")] = 1,
 ) -> None:

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from export.bundle import BundleError, open_bundle
 from tests.load import inputs
+
+
+def checked(bundle: Path | None) -> Path | None:
+    """Refused here in one line, and not by the first server that is started with it."""
+    try:
+        if bundle is not None:
+            open_bundle(bundle)
+    except BundleError as error:
+        raise typer.BadParameter(str(error)) from None
+    return bundle
+
+
+GivenBundle = Annotated[
+    Path, typer.Argument(help="Directory made by `python -m export`, of a model that generates.", callback=checked)
+]
+PerhapsBundle = Annotated[
+    Path | None,
+    typer.Argument(help="Directory made by `python -m export`, of a model that generates; or --shape.", callback=checked),
+]
 
 
 def subject(bundle: Path | None, shape: str | None, inputs_file: Path | None, seed: int) -> tuple[Path, list[str]]:
