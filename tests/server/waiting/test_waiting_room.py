@@ -275,6 +275,15 @@ async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
     assert "hurried" not in names(engine)
 
 
+async def test_who_listens_hears_of_the_engine() -> None:
+    engine, heard = Rows(1), list[str]()
+    room = WaitingRoom(engine, AdmissionLimits())
+    room.listen(lambda: heard.append("changed"))
+    for changed in engine.listeners:
+        changed()
+    assert heard == ["changed"]
+
+
 async def test_what_waits_ends_with_the_engine() -> None:
     engine = Rows(1)
     room = WaitingRoom(engine, AdmissionLimits())
