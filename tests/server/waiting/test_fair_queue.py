@@ -86,6 +86,8 @@ def test_turns_stay_in_order_when_what_was_removed_is_cleared_away() -> None:
     left = rng.sample([ticket for ticket in tickets if ticket.waiting], 600)
     for ticket in left:
         assert queue.remove(ticket)
+        (lane,) = queue._lanes.values()
+        assert len(lane.heads) <= max(64, 2 * len(lane.waiting)), "what was removed is kept"
     times = []
     while queue:
         served.add(queue.pop())

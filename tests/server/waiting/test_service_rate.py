@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from server.waiting.service_rate import ServiceRate
@@ -41,6 +43,14 @@ def test_it_follows_the_machine() -> None:
         rate.ended(now, seconds, others_wait=True)
     assert rate.per_second == pytest.approx(10, rel=0.1)
     assert rate.seconds_each == pytest.approx(0.1, rel=0.01)
+
+
+def test_few_requests_take_longer_than_is_said() -> None:
+    rate, rng = ServiceRate(), random.Random(1)
+    for n in range(200):
+        rate.ended(float(n), rng.uniform(0.1, 0.5), others_wait=True)
+    assert rate.seconds_each == pytest.approx(0.3, abs=0.1)
+    assert 0.45 < rate.most_seconds_each < 0.7
 
 
 def test_what_a_request_takes_is_what_it_takes_in_a_crowd() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 
 import pytest
 
 from server.call import Call, current_call
 from server.engines.engine_client import EngineStatus
 from server.engines.in_flight import NOT_RUNNING, SHUTTING_DOWN
-from server.requests import Decoding, Event, Failed, Finished, GenerationRequest
+from server.requests import Decoding, EncodingRequest, Event, Failed, Finished, GenerationRequest
 from server.waiting.admission import AdmissionLimits, Refused, Tenant
 from server.waiting.waiting_room import TOO_LATE, WaitingRoom
 from tests.server.fake_engine import FakeEngine, Request, Step, hypothesis
@@ -145,6 +146,42 @@ async def test_a_request_wider_than_its_tenants_rows_goes_alone() -> None:
     assert await asyncio.gather(*tasks) == [[DONE]] * 2
 
 
+async def test_a_text_that_is_only_read_takes_one_row() -> None:
+    engine = Rows(8)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=2)}))
+
+    async def read(name: str) -> list[Event]:
+        async with aclosing(room.submit(EncodingRequest(id=name, input_ids=(5, 2)))) as events:
+            return [event async for event in events]
+
+    with call("batch"):
+        tasks = [asyncio.create_task(read(name)) for name in ("e0", "e1", "e2")]
+    await settle()
+    assert names(engine) == ["e0", "e1"]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_what_the_engine_has_not_said_yet_is_taken_to_be_as_wide_as_the_rest() -> None:
+    class Late(Rows):
+        """Knows of its first request alone."""
+
+        @property
+        def status(self) -> EngineStatus:
+            live = min(1, self.live)
+            return replace(super().status, live_rows=4 * live, live_requests=live, waiting_requests=self.live - live)
+
+    engine = Late(16)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, *(f"r{n}" for n in range(20)))
+    await settle()
+    assert len(engine.submitted) == 1 + (12 + 4) // 4
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_the_wait_of_a_tenant_with_few_rows_is_its_own() -> None:
     """Two rows, half a second each: of what the engine could do besides, this tenant gets nothing."""
     now = 0.0
@@ -173,7 +210,7 @@ async def test_who_leaves_while_waiting_never_reaches_the_engine() -> None:
     await settle()
     tasks[2].cancel()
     await settle()
-    assert room.status.waiting_tokens == 3
+    assert (room.status.waiting_requests, room.status.waiting_tokens) == (2, 3), "last, and ahead in the engine"
     for name in ("first", "ahead", "last"):
         engine.let_go(name)
         await settle()
@@ -299,15 +336,16 @@ async def test_what_waits_ends_with_the_engine() -> None:
 async def test_a_drain_serves_what_waits_and_takes_nothing_new() -> None:
     engine = Rows(1)
     room = WaitingRoom(engine, AdmissionLimits())
-    tasks = enter(room, "r0", "r1", "r2")
+    every = ("r0", "r1", "r2", "r3", "r4")
+    tasks = enter(room, *every)
     await settle()
     drain = asyncio.create_task(room.drain(5))
     await settle()
     assert await collect(room, "late") == [SHUTTING_DOWN]
-    for name in ("r0", "r1", "r2"):
+    for name in every:
         engine.let_go(name)
         await settle()
-    assert await asyncio.gather(*tasks) == [[DONE]] * 3
+    assert await asyncio.gather(*tasks) == [[DONE]] * 5
     await drain
     assert len(engine.drains) == 1
 
