@@ -48,7 +48,7 @@ def find_shortlist(folder: Path, run: Run, least_count: int) -> list[int]:
     before = run.provenance.get("data", {})
     if changed := [name for name, digest in prepared.digests.items() if before.get(name) != digest]:
         raise RunError(f"{folder}: a shortlist is made from the training corpus, but {', '.join(changed)} changed since then")
-    counts = Counter(token for example in prepared.train.examples(0) for token in example.output)
+    counts = Counter(token for example in prepared.plain() for token in example.output)
     pieces = run.tokenizer.pieces(range(run.config.vocab_size))
     letters = {i for i, piece in enumerate(pieces) if len(piece.removesuffix(_WORD_END)) == 1}
     seen = {token for token, count in counts.items() if count >= least_count}

@@ -56,6 +56,15 @@ class PackedExamples(Sequence[Example]):
         rows = np.arange(len(self.ends)) if self.rows is None else self.rows
         return PackedExamples(self.ids, self.ends, rows[keep])
 
+    def gathered(self) -> PackedExamples:
+        """The same, in memory without what was left out, if anything was."""
+        if self.rows is None:
+            return self
+        lengths = np.diff(self.ends[:, 1], prepend=0)  # ids of each example
+        kept = np.zeros(len(lengths), np.bool_)
+        kept[self.rows] = True
+        return PackedExamples(self.ids[np.repeat(kept, lengths)], self.lengths().cumsum().reshape(-1, 2))
+
 
 def pack(examples: Iterable[Example]) -> PackedExamples:
     ids, ends, end = [np.empty(0, np.int32)], [], 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.batches import Corpus, Example, Windows
+from model.bpe_dropout import DroppedMerges, Segmenter, TextInWords, number_words
 from model.data import DataError, digest, read_labelled, read_parallel, read_text
 from model.packed import PackedExamples, PackedFiles, pack
 from model.recipe import Recipe
@@ -29,6 +32,8 @@ Pairs = list[tuple[str, str]]
 class Prepared:
     tokenizer: Tokenizer
     train: Corpus
+    plain: Callable[[], Sequence[Example]]
+    """The training examples as the trained model will read such texts: segmented without dropout."""
     validation: Corpus
     held_out: list[dict[str, Any]]
     """As in held_out.jsonl: source and target, or source and label."""
@@ -64,6 +69,8 @@ class _Files:
         recipe = self.recipe
         names = [*recipe.data.train, *filter(None, [recipe.tokenizer.codes])]
         origin = asdict(recipe.tokenizer) | self._origin(names)
+        if recipe.data.bpe_dropout:
+            origin["every_piece"] = True
 
         def make() -> str:
             return _make_tokenizer(recipe, list(texts())).to_json()
@@ -91,6 +98,33 @@ class _Files:
         if not keep.any():
             raise DataError(f"{', '.join(names)}: no example is neither empty nor longer than the model's limits")
         return examples.only(keep)
+
+    def epochs(
+        self, tokenizer: Tokenizer, names: Sequence[str], plain: PackedExamples, split: Callable[[], Iterable[TextInWords]]
+    ) -> Callable[[int], PackedExamples]:
+        """What each epoch reads: always ``plain``, or with dropped merges what ``split`` gives of the same files."""
+        data, model = self.recipe.data, self.recipe.model
+        if not data.bpe_dropout:
+            return lambda epoch: plain
+
+        @cache
+        def numbered() -> tuple[list[str], list[Example]]:
+            return number_words(split())
+
+        def make_words() -> str:
+            return json.dumps(numbered()[0])
+
+        origin = self._origin(names) | {"tokenizer": tokenizer.to_json(), "part": "words"}
+        words = json.loads(self.kept.text(origin, make_words) if self.kept else make_words())
+        corpus = self.examples(tokenizer, names, "words", lambda: numbered()[1])
+        of_text = self.recipe.task.kind == "language_model"  # one example, of any length
+        return DroppedMerges(
+            segmenter=Segmenter(tokenizer, words),
+            corpus=PackedExamples(corpus.ids, corpus.ends, plain.rows),
+            longest=(math.inf, math.inf) if of_text else (model.max_source_length, (model.max_target_length or 2) - 1),
+            rate=data.bpe_dropout,
+            seed=self.recipe.training.seed,
+        )
 
     def corpus(self, examples: Callable[[int], Sequence[Example]]) -> Corpus:
         recipe = self.recipe
@@ -124,6 +158,7 @@ def _prepare_generated(recipe: Recipe, tokenizer: Tokenizer | None) -> Prepared:
     return Prepared(
         tokenizer=ready,
         train=files.corpus(examples),
+        plain=lambda: examples(0),
         validation=files.corpus(lambda epoch: validation),
         held_out=[{"source": source, "target": target} for source, target in held_out],
         digests={},
@@ -144,9 +179,11 @@ def _prepare_pairs(files: _Files, known: Tokenizer | None) -> Prepared:
         return files.fitting(tokenizer, names, lambda: _encode_pairs(tokenizer, read(names)))
 
     train, validation = fitting(data.train), fitting(data.validation)
+    epochs = files.epochs(tokenizer, data.train, train, lambda: _split_pairs(tokenizer, read(data.train)))
     return Prepared(
         tokenizer=tokenizer,
-        train=files.corpus(lambda epoch: train),
+        train=files.corpus(epochs),
+        plain=lambda: train,
         validation=files.corpus(lambda epoch: validation),
         held_out=[{"source": s, "target": t} for s, t in read(data.test or data.validation)[: data.held_out]],
         digests=files.digests,
@@ -169,21 +206,26 @@ def _prepare_text(files: _Files, known: Tokenizer | None) -> Prepared:
 
     tokenizer = known or files.tokenizer(lambda: read()[:1])
 
-    def ids(part: int) -> NDArray[np.int32]:
-        names = [*data.train, *data.validation]
-        return files.examples(tokenizer, names, str(part), lambda: [Example(tokenizer.encode_text(read()[part]), [])]).ids
+    names = [*data.train, *data.validation]
 
-    tokens, validation_tokens = ids(0), ids(1)
+    def encoded(part: int) -> PackedExamples:
+        return files.examples(tokenizer, names, str(part), lambda: [Example(tokenizer.encode_text(read()[part]), [])])
+
+    train = encoded(0)
+    tokens, validation_tokens = train.ids, encoded(1).ids
     if len(tokens) <= context or len(validation_tokens) < 2:
         raise DataError(f"{', '.join(data.train)}: {len(tokens)} tokens to train on, not enough for a context of {context}")
 
-    def examples(epoch: int) -> Windows:
-        """Windows that begin somewhere else in every epoch."""
+    epochs = files.epochs(tokenizer, names, train, lambda: [(tokenizer.words(read()[0]), [])])
+
+    def windows(tokens: NDArray[np.int32], epoch: int) -> Windows:
+        """They begin somewhere else in every epoch."""
         return Windows(tokens, context, Random(f"offset, {recipe.training.seed}, {epoch}").randrange(context))
 
     return Prepared(
         tokenizer=tokenizer,
-        train=files.corpus(examples),
+        train=files.corpus(lambda epoch: windows(epochs(epoch).ids, epoch)),
+        plain=lambda: windows(tokens, 0),
         validation=files.corpus(lambda epoch: Windows(validation_tokens, context)),
         held_out=_continuations(tokenizer, validation_tokens, context, data.held_out),
         digests=files.digests,
@@ -204,9 +246,11 @@ def _prepare_labelled(files: _Files, known: Tokenizer | None) -> Prepared:
         return files.fitting(tokenizer, names, lambda: _encode_labelled(tokenizer, read(names)))
 
     train, validation = fitting(data.train), fitting(data.validation)
+    epochs = files.epochs(tokenizer, data.train, train, lambda: _split_labelled(tokenizer, read(data.train)))
     return Prepared(
         tokenizer=tokenizer,
-        train=files.corpus(lambda epoch: train),
+        train=files.corpus(epochs),
+        plain=lambda: train,
         validation=files.corpus(lambda epoch: validation),
         held_out=[{"source": s, "label": labels[c]} for s, c in read(data.test or data.validation)[: data.held_out]],
         digests=files.digests,
@@ -222,7 +266,8 @@ def _make_tokenizer(recipe: Recipe, texts: Sequence[str]) -> Tokenizer:
         return Tokenizer.train_bpe(texts, wanted.vocab_size, wanted.normalization, prefix_space=wanted.prefix_space)
     path = recipe.path(wanted.codes)
     try:
-        return Tokenizer.from_subword_nmt(read_text(path).split("\n"), texts)
+        every_piece = recipe.data.bpe_dropout > 0
+        return Tokenizer.from_subword_nmt(read_text(path).split("\n"), texts, every_piece=every_piece)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
 
@@ -236,6 +281,14 @@ def _encode_pairs(tokenizer: Tokenizer, pairs: Pairs) -> list[Example]:
 def _encode_labelled(tokenizer: Tokenizer, examples: list[tuple[str, int]]) -> list[Example]:
     sources = tokenizer.encode_texts([text for text, _ in examples])
     return [Example([*source, Tokenizer.EOS], [c]) for source, (_, c) in zip(sources, examples, strict=True)]
+
+
+def _split_pairs(tokenizer: Tokenizer, pairs: Pairs) -> list[TextInWords]:
+    return [([*tokenizer.words(source), Tokenizer.EOS], tokenizer.words(target)) for source, target in pairs]
+
+
+def _split_labelled(tokenizer: Tokenizer, examples: list[tuple[str, int]]) -> list[TextInWords]:
+    return [([*tokenizer.words(text), Tokenizer.EOS], [c]) for text, c in examples]
 
 
 def _continuations(tokenizer: Tokenizer, tokens: NDArray[np.int32], context: int, count: int) -> list[dict[str, Any]]:

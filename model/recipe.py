@@ -116,6 +116,9 @@ def read_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
             problems += section.problems(task.kind) if task else []
         elif section is not None and not isinstance(section, ModelConfig):
             problems += section.problems()
+    data, tokenizer = sections.get("data"), sections.get("tokenizer")
+    if data and tokenizer and data.bpe_dropout and tokenizer.kind == "characters":
+        problems.append("data.bpe_dropout must be 0 for characters, which are never merged")
     if problems:
         raise RecipeError(problems)
     return Recipe(**sections)

@@ -56,6 +56,8 @@ class DataRecipe:
     """A task of model/tasks instead of files."""
     epoch_pairs: int = 0
     """Pairs that the generator makes for each epoch, new ones every time."""
+    bpe_dropout: float = 0.0
+    """Segment the training texts anew for every epoch, each merge left out with this probability (Provilkov et al. 2020)."""
     cache: str = ""
     """The folder of the corpus in ids, which runs may share; empty: prepared/ beside the run."""
     held_out: int = 1000
@@ -72,6 +74,8 @@ class DataRecipe:
                 problems.append(f"data.generator must be one of {', '.join(TRAINING_PAIRS)}, not {self.generator!r}")
             if self.epoch_pairs < 1:
                 problems.append(f"data.epoch_pairs must be at least 1, not {self.epoch_pairs}")
+            if self.bpe_dropout:
+                problems.append("data.bpe_dropout must be 0 beside data.generator, whose every epoch is new")
             return problems
         problems = [] if self.train else ["data.train must name files (or data.generator a task)"]
         if kind == "language_model":
@@ -87,6 +91,8 @@ class DataRecipe:
             ]
         if self.held_out < 1:
             problems.append(f"data.held_out must be at least 1, not {self.held_out}")
+        if not 0.0 <= self.bpe_dropout < 1.0:
+            problems.append(f"data.bpe_dropout must be in [0, 1), not {self.bpe_dropout}")
         return problems
 
 

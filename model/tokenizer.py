@@ -93,13 +93,14 @@ class Tokenizer:
         return cls(library)
 
     @classmethod
-    def from_subword_nmt(cls, codes: Iterable[str], texts: Iterable[str]) -> Tokenizer:
+    def from_subword_nmt(cls, codes: Iterable[str], texts: Iterable[str], *, every_piece: bool = False) -> Tokenizer:
         """The segmentation of subword-nmt, for text that is already tokenised and separated by single spaces.
 
         The vocabulary is the pieces that occur in ``texts``, the most frequent first, as fairseq's dictionary.
 
         Args:
             codes: lines of a subword-nmt file of merges, version 0.2.
+            every_piece: then all others that merging may leave, for texts that are segmented with dropout.
         """
         merges = _read_merges(codes)
         words = Counter(word for text in texts for word in text.split(" ") if word)
@@ -113,6 +114,8 @@ class Tokenizer:
             for piece in everything.encode(word).tokens:
                 frequency[piece] += count
         used = [piece for piece, _ in frequency.most_common()]
+        if every_piece:
+            used += steps
         return cls(_subword_nmt_library([*SPECIAL_TOKENS, *used, _END_OF_VOCABULARY, *steps], merges))
 
     def save(self, path: str | Path) -> None:
@@ -134,6 +137,12 @@ class Tokenizer:
     def encode_source(self, text: str) -> list[int]:
         """What an encoder reads: the tokens of a source, then </s>."""
         return [*self.encode_text(text), self.EOS]
+
+    def words(self, text: str) -> list[str]:
+        """What ``text`` falls into before anything is merged, normalised, in the spelling of the vocabulary: no piece spans two."""
+        normalizer, splitter = self._library.normalizer, self._library.pre_tokenizer
+        text = normalizer.normalize_str(text) if normalizer else text
+        return [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; special tokens leave nothing behind."""

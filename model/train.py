@@ -137,5 +137,5 @@ def _write_inputs(recipe: Recipe, prepared: Prepared, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     prepared.tokenizer.save(out / "tokenizer.json")
     write_json_lines(out / "held_out.jsonl", prepared.held_out)
-    some = prepared.train.examples(0)[:CALIBRATION_EXAMPLES]
+    some = prepared.plain()[:CALIBRATION_EXAMPLES]
     write_json_lines(out / "calibration.jsonl", [{"input": list(e.input), "output": list(e.output)} for e in some])

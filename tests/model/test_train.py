@@ -75,12 +75,16 @@ def test_a_task_without_files_is_trained(tmp_path: Path) -> None:
     assert len(run.held_out) == 20
 
 
-@pytest.mark.parametrize("make_recipe", [parallel_recipe, text_recipe, labelled_recipe])
+@pytest.mark.parametrize(
+    ("make_recipe", "overrides"),
+    [(parallel_recipe, []), (text_recipe, []), (labelled_recipe, []), (parallel_recipe, ["data.bpe_dropout=0.2"])],
+)
 def test_a_crashed_run_goes_on_bit_for_bit(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Callable[..., Recipe], overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved in the middle of an epoch, stopped two updates later: the same curve and weights as without the crash."""
-    recipe = make_recipe(tmp_path, "training.max_updates=13", "training.evaluate_every=5", "training.accumulate=2")
+    more = ["training.max_updates=13", "training.evaluate_every=5", "training.accumulate=2"]
+    recipe = make_recipe(tmp_path, *overrides, *more)
     train(recipe, tmp_path / "straight", console=QUIET)
     with monkeypatch.context() as patch:
         crash_at(8, patch)
