@@ -1,9 +1,9 @@
 """BPE-dropout (Provilkov, Emelianenko and Voita 2020): a training text is segmented anew for every epoch, with merges left out.
 
 BPE merges the letters of a word step by step, each time the pair that was learnt first. With dropout each pair that could be
-merged is left out of a step with probability ``rate``, and the first of the others is merged; a step in which all are left out is
-the last one. Which words are cut up decides the generator of random numbers alone, so that an epoch can be made again; the
-`tokenizers` library has the same dropout, but draws from a generator that cannot be seeded.
+merged is left out of a step with a certain probability, and the first of the others is merged; a step in which all are left out
+is the last one. The `tokenizers` library has the same dropout, but draws from a generator that cannot be seeded; here seed and
+epoch alone decide, so that a training can be stopped anywhere and go on.
 
 A word on its way is a *state*, the tuple of its pieces. States and the steps between them are found once and then looked up, so
 that an epoch is a few array operations over all words of a corpus.

@@ -139,7 +139,7 @@ class Tokenizer:
         return [*self.encode_text(text), self.EOS]
 
     def words(self, text: str) -> list[str]:
-        """What ``text`` falls into before anything is merged, normalised, in the spelling of the vocabulary: no piece spans two."""
+        """``text``, normalised and in the spelling of the vocabulary, cut where nothing is ever merged."""
         normalizer, splitter = self._library.normalizer, self._library.pre_tokenizer
         text = normalizer.normalize_str(text) if normalizer else text
         return [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
