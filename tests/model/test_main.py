@@ -56,7 +56,7 @@ def test_describe_gpt3(capsys: pytest.CaptureFixture[str]) -> None:
     assert "175,181,291,520" in out
 
 
-@pytest.mark.parametrize(("recipe", "vocabulary"), [("dates", None), ("sst2", 16000), ("tinyshakespeare", 1)])
+@pytest.mark.parametrize(("recipe", "vocabulary"), [("dates", None), ("sst2", 8000), ("tinyshakespeare", 1)])
 def test_describe_a_recipe(recipe: str, vocabulary: int | None, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "describe", recipe, "--json")
     assert code == 0

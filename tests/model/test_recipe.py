@@ -15,8 +15,8 @@ def problems_of(*overrides: str, recipe: str = "dates") -> list[str]:
     return refusal.value.problems
 
 
-def test_all_four_recipes_are_shipped() -> None:
-    assert shipped_recipes() == ["dates", "multi30k-en-de", "sst2", "tinyshakespeare"]
+def test_all_five_recipes_are_shipped() -> None:
+    assert shipped_recipes() == ["dates", "multi30k-bpe-dropout", "multi30k-en-de", "sst2", "tinyshakespeare"]
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
