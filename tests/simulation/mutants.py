@@ -136,7 +136,7 @@ def passes_tests(module: str, number: int) -> bool:
     files = [f"tests/server/{name}.py" for name in TESTS[module]]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "tests.simulation.planting", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, VARIABLE: f"{module}:{number}"}
-    limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (10 * _CPU_SECONDS, 10 * _CPU_SECONDS))
+    limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (3 * _CPU_SECONDS, 3 * _CPU_SECONDS))
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False, preexec_fn=limit)
     return ran.returncode == 0
 
