@@ -1,9 +1,10 @@
 """How a channel to the service is set up. Clients in other languages can use ``SERVICE_CONFIG`` as it stands.
 
-Calls go round all healthy replicas, and those that a replica could not take (UNAVAILABLE: it is going, gone or not there yet)
-are tried again elsewhere; when many fail, retries stop by themselves. RESOURCE_EXHAUSTED is not retried: a request that is too
-large gets it as well as one too many, and trying again into an overload feeds it. The caller finds the time to come back in
-``CallError.retry_after``.
+Calls go round all healthy replicas, and those that a replica could not take (UNAVAILABLE: it is going, gone or not there yet;
+CANCELLED: gRPC's core ended the call before any handler saw it, as that of a server does which stops, or is flooded) are tried
+again elsewhere; when many fail, retries stop by themselves. A call that its own caller cancels is not. RESOURCE_EXHAUSTED is
+not retried: a request that is too large gets it as well as one too many, and trying again into an overload feeds it. The caller
+finds the time to come back in ``CallError.retry_after``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ import json
 import math
 from typing import Any
 
+import grpc
+
 SERVICE = "transformer.v1.Transformer"
 PRIORITIES = ("low", "normal", "high")
+
+GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""From a replica that has not served the call: another may."""
 
 SERVICE_CONFIG: dict[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -25,7 +31,7 @@ SERVICE_CONFIG: dict[str, Any] = {
                 "initialBackoff": "0.05s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": [code.name for code in GONE],
             },
         }
     ],

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import grpc
 
+from server.client.channel import GONE
 from server.client.errors import CallError
 from server.client.types import Options, StreamedGeneration, StreamedText, Token
 
@@ -46,7 +47,7 @@ class Resumption:
         """Seconds after which to call again. Raises the error when that makes no sense."""
         pause = max(_SHORTEST_PAUSE, error.retry_after or 0.0) * random.uniform(1.0, 1.5)  # not all at once
         begun = bool(self._text or self._ended)  # before that, gRPC itself has tried again
-        if error.code is not grpc.StatusCode.UNAVAILABLE or not begun or self._resumed == _MOST_RESUMPTIONS:
+        if error.code not in GONE or not begun or self._resumed == _MOST_RESUMPTIONS:
             raise error
         if now + pause >= self._deadline:
             raise error

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
+from protos import transformer_pb2 as pb
+from protos import transformer_pb2_grpc
 from server.client import (
     CallError,
     FieldViolation,
@@ -159,6 +161,33 @@ async def test_nobody_there() -> None:
             await client.generate(["a"])
     assert error.value.code is grpc.StatusCode.UNAVAILABLE
     assert (error.value.callers_fault, error.value.request_id) == (False, "")
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+async def test_a_call_that_a_replica_did_not_serve_is_made_again(code: grpc.StatusCode) -> None:
+    """As a server's core ends calls that it had not looked at when it stopped."""
+
+    class Going(transformer_pb2_grpc.TransformerServicer):
+        calls = 0
+
+        async def Tokenize(  # noqa: N802 (as in the proto)
+            self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+        ) -> pb.TokenizeResponse:
+            self.calls += 1
+            if self.calls == 1:
+                await context.abort(code, "not here")
+            return pb.TokenizeResponse(results=[pb.Tokenization(ids=[7], pieces=["a"])])
+
+    server, service = grpc.aio.server(), Going()
+    transformer_pb2_grpc.add_TransformerServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with TransformerClient(f"127.0.0.1:{port}", timeout=10, watch_health=False) as client:
+            (result,) = await client.tokenize(["a"])
+        assert (service.calls, list(result.ids)) == (2, [7])
+    finally:
+        await server.stop(0)
 
 
 async def test_every_call_has_a_deadline() -> None:

@@ -103,6 +103,7 @@ def test_what_is_not_retryable_or_too_late_is_raised() -> None:
     begun.news(StreamedText(input=0, hypothesis=0, text="a", tokens=()))
     with pytest.raises(CallError):
         begun.pause_before_retry(CallError(grpc.StatusCode.DEADLINE_EXCEEDED, "late"), now=0.0)
+    assert begun.pause_before_retry(CallError(grpc.StatusCode.CANCELLED, "stopping"), now=0.0) > 0
     with pytest.raises(CallError):
         begun.pause_before_retry(CallError(grpc.StatusCode.UNAVAILABLE, "gone", retry_after=5.0), now=6.0)
     with pytest.raises(CallError):
