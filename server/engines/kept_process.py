@@ -149,6 +149,8 @@ class KeptProcess(ABC, Generic[Message]):
         return link
 
     def _hear(self, message: Message) -> None:
+        if self._link is None:  # a last word of one that was given up and is being killed: it is lost already
+            return
         self._heard += 1
         self._receive(message)
 

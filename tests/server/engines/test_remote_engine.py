@@ -21,14 +21,18 @@ import pytest
 from export.bundle import open_bundle
 from server.batch.step_stats import StepStats
 from server.device.runtime import RuntimeUnavailable
+from server.engines import kept_process
 from server.engines.build_engine import build_engine
+from server.engines.child_link import ChildLink
 from server.engines.engine_client import EngineClient, Loss
 from server.engines.engine_pool import EnginePool
 from server.engines.engine_spec import EngineSpec
 from server.engines.in_flight import NOT_RUNNING, SHUTTING_DOWN, STOPPED
 from server.engines.in_process import InProcessEngine
 from server.engines.kept_process import Supervision
+from server.engines.loop_socket import Message
 from server.engines.remote_engine import RemoteEngine
+from server.engines.wire import Ready
 from server.requests import Decoding, Encoded, EncodingRequest, Event, Finished, GenerationRequest, TokensReady
 
 QUICK = Supervision(stall_seconds=1.0, first_backoff_seconds=0.05)
@@ -189,6 +193,24 @@ async def test_an_engine_that_cannot_be_says_why(spec: EngineSpec, tmp_path: Pat
         await engine.drain(1)
 
 
+async def test_the_last_word_of_a_process_that_was_given_up_is_not_heard(
+    spec: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(ChildLink[Message]):
+        """Says that it is ready just before it is gone."""
+
+        async def kill(self) -> None:
+            await super().kill()
+            engine._hear(Ready())
+
+    monkeypatch.setattr(kept_process, "ChildLink", Late)
+    engine = RemoteEngine("tiny", spec, lambda stats: None, supervision=Supervision(start_seconds=0.01))
+    with pytest.raises(RuntimeUnavailable, match="was not ready in time"):
+        await engine.start()
+    assert not engine.status.alive
+    assert await collect(engine, request("r")) == [NOT_RUNNING]
+
+
 async def test_a_bundle_that_is_gone_does_not_stop_the_attempts(
     bundles: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -241,6 +263,7 @@ _PARENT = """
 import asyncio, sys
 from server.engines.engine_spec import EngineSpec
 from server.engines.remote_engine import RemoteEngine
+from server.engines.wire import Ready
 
 async def main():
     spec = EngineSpec(bundle=sys.argv[1], fingerprint=sys.argv[2], precision="fp32", rows=2, device="cpu", threads=1)
