@@ -17,10 +17,11 @@ from export.bundle import BundleError
 from server.config import ConfigError, Device, EngineOptions, EnginePlace, Precision, ServerOptions, parse_size, parse_tenants
 from server.device.runtime import RuntimeUnavailable
 from server.front_ends.supervisor import Supervisor
+from server.lifecycle import CannotServe, Lifecycle
 from server.loading import load_model
 from server.logs import LogLevel, configure_logging
 from server.metrics import EngineMetrics, Metrics
-from server.server import CannotServe, Server
+from server.server import Server
 from server.waiting.admission import AdmissionLimits
 
 _OPTIONS, _ENGINE, _ADMISSION = ServerOptions(), EngineOptions(), AdmissionLimits()
@@ -129,7 +130,7 @@ def serve(
 
 def _make_server(
     bundles: list[Path], engine: EngineOptions, options: ServerOptions, log_level: LogLevel, counts: Path
-) -> Server | Supervisor:
+) -> Lifecycle:
     """Raises BundleError, ConfigError or RuntimeUnavailable."""
     version = metadata.version("transformer-serving")
     if options.front_ends == 1:
@@ -140,7 +141,7 @@ def _make_server(
     return Supervisor(models, bundles, options, engine, engine_metrics, counts, log_level)
 
 
-async def _serve(server: Server | Supervisor) -> None:
+async def _serve(server: Lifecycle) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.ask_to_stop)

@@ -1,13 +1,11 @@
-"""A server's life: ``startup``, ``main_loop``, ``shutdown``."""
+"""The server in one process: gRPC, health and metrics around models. Also what each of several front ends runs."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import grpc
 from google.protobuf.internal import api_implementation
@@ -19,7 +17,8 @@ from server.config import ServerOptions
 from server.edge.health import Health
 from server.edge.interceptors import Guard
 from server.edge.service import NAME, TransformerService
-from server.http import Page, PagesServer
+from server.http import PagesServer
+from server.lifecycle import CannotServe, Lifecycle, done_before, open_pages, wait_for
 from server.metrics import CallMetrics
 from server.models import Models, ServedModel
 from server.waiting.room import Room
@@ -34,19 +33,7 @@ _LAST_ANSWERS_SECONDS = 1.0
 """For handlers to send what the drained engines gave them."""
 
 
-class CannotServe(RuntimeError):
-    """The server cannot begin: one line saying why."""
-
-
-def open_pages(options: ServerOptions, pages: Mapping[str, Page]) -> PagesServer:
-    """Raises CannotServe when the port is taken."""
-    try:
-        return PagesServer(options.host, options.http_port, pages)
-    except OSError as error:
-        raise CannotServe(f"cannot listen on {options.address(options.http_port)}: {error.strerror}") from None
-
-
-class Server:
+class Server(Lifecycle):
     """Serves models over gRPC and their metrics over HTTP. Starts nothing until ``startup``.
 
     Args:
@@ -61,6 +48,7 @@ class Server:
         metrics: CallMetrics,
         rooms: Mapping[str, Room] | None = None,
     ) -> None:
+        super().__init__()
         self.port = options.port
         """Of gRPC; the real one after ``startup``."""
         self.http_port = options.http_port
@@ -75,8 +63,6 @@ class Server:
             self._models, self._rooms, metrics, write_timeout_seconds=options.write_timeout_seconds
         )
         self._grpc: grpc.aio.Server | None = None
-        self._stop = asyncio.Event()
-        self._force = asyncio.Event()
 
     @property
     def models(self) -> Models:
@@ -87,18 +73,6 @@ class Server:
     def serving(self) -> bool:
         """What health says."""
         return self._health.serving
-
-    async def serve(self) -> None:
-        """Returns after ``ask_to_stop``, when everything has ended."""
-        try:
-            await self.startup()
-            await self.main_loop()
-        finally:
-            await self.shutdown()
-
-    def ask_to_stop(self) -> None:
-        """The first time: finish what is in flight. The second time: now."""
-        (self._force if self._stop.is_set() else self._stop).set()
 
     async def startup(self) -> None:
         """Answers probes at once, and calls once every engine is warm.
@@ -186,19 +160,3 @@ class Server:
             _log.log(logging.INFO if serving else logging.WARNING, "serving" if serving else "not serving")
         self._health.set_serving(serving)
         self._metrics.set_ready(serving)
-
-
-async def done_before(event: asyncio.Event, work: asyncio.Future[Any], seconds: float | None = None) -> bool:
-    """Waits for the work, but not beyond the event or this time; True when the work is done."""
-    interruption = asyncio.ensure_future(event.wait())
-    futures: list[asyncio.Future[Any]] = [work, interruption]
-    await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    interruption.cancel()
-    return work.done()
-
-
-async def wait_for(event: asyncio.Event, seconds: float) -> None:
-    """Returns when the event is set, or after this time."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

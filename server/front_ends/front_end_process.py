@@ -40,10 +40,11 @@ from server.front_ends.front_wire import (
     encode,
 )
 from server.front_ends.remote_room import RemoteRoom
+from server.lifecycle import CannotServe
 from server.loading import describe_model
 from server.logs import LogLevel, configure_logging
 from server.metrics import CallMetrics
-from server.server import CannotServe, Server
+from server.server import Server
 
 _log = logging.getLogger(__name__)
 

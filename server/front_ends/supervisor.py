@@ -17,9 +17,9 @@ from server.config import Device, EngineOptions, ServerOptions
 from server.engines.kept_process import Supervision
 from server.front_ends.front_end import FrontEnd, FrontEndUnavailable
 from server.front_ends.front_wire import Begin
+from server.lifecycle import CannotServe, Lifecycle, done_before, open_pages, wait_for
 from server.metrics import COUNTS_FOLDER, EngineMetrics
 from server.models import Models, ServedModel
-from server.server import CannotServe, done_before, open_pages, wait_for
 from server.waiting.waiting_room import WaitingRoom
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _LAST_ANSWERS_SECONDS = 3.0
 """For a front end to end after its drain."""
 
 
-class Supervisor:
+class Supervisor(Lifecycle):
     """Serves models through ``options.front_ends`` processes. Starts nothing until ``startup``.
 
     Args:
@@ -49,6 +49,7 @@ class Supervisor:
         counts: Path,
         log_level: str = "info",
     ) -> None:
+        super().__init__()
         self.port = options.port
         """Of gRPC; the real one after ``startup``."""
         self.http_port = options.http_port
@@ -61,7 +62,6 @@ class Supervisor:
         self._front_ends: list[FrontEnd] = []
         self._resources = ExitStack()
         self._serving = False
-        self._stop, self._force = asyncio.Event(), asyncio.Event()
 
     @property
     def serving(self) -> bool:
@@ -71,18 +71,6 @@ class Supervisor:
     @property
     def front_ends(self) -> Sequence[FrontEnd]:
         return self._front_ends
-
-    async def serve(self) -> None:
-        """Returns after ``ask_to_stop``, when everything has ended."""
-        try:
-            await self.startup()
-            await self.main_loop()
-        finally:
-            await self.shutdown()
-
-    def ask_to_stop(self) -> None:
-        """The first time: finish what is in flight. The second time: now."""
-        (self._force if self._stop.is_set() else self._stop).set()
 
     async def startup(self) -> None:
         """Front ends answer probes at once, and calls once every engine is warm.

@@ -15,9 +15,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos import transformer_pb2 as pb
 from server.client import CallError
 from server.config import ServerOptions
+from server.lifecycle import CannotServe
 from server.metrics import Metrics
 from server.requests import Finished
-from server.server import CannotServe, Server
+from server.server import Server
 from tests.server.fake_engine import FakeEngine, hypothesis
 from tests.server.run_server import Running, encoder, run_server, served_model
 
