@@ -103,8 +103,8 @@ def main(
 ) -> None:
     """Starts a server of its own, and exits with 1 unless the others were served as if alone."""
     served, texts = subject(bundle, shape, inputs_file, seed)
-    greedy = GREEDY if max_rows is None else f"{GREEDY}::{max_rows}"
-    tenants = [option for name in (*MODEST, greedy) for option in ("--tenant", name)]
+    bounded = GREEDY if max_rows is None else f"{GREEDY}::{max_rows}"
+    tenants = [option for name in (*MODEST, bounded) for option in ("--tenant", name)]
 
     async def run() -> tuple[list[Share], list[Share]]:
         async with server_process(served, "--device", "cpu", *tenants) as server:
