@@ -284,7 +284,7 @@ def greedy_batch(
     Returns tokens without the end-of-text token.
     """
     device = next(model.parameters()).device
-    outputs: list[list[int]] = []
+    outputs: list[list[int]] = [[] for _ in inputs]
     for begin in range(0, len(inputs), batch_size):
         batch = [torch.tensor(list(ids), device=device) for ids in inputs[begin : begin + batch_size]]
         padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
@@ -292,13 +292,17 @@ def greedy_batch(
         if model.config.has_encoder:
             memory = model.memory(padded, torch.tensor([len(ids) for ids in batch], device=device))
             tokens = torch.full((len(batch), 1), BOS, device=device)
-        cache, produced, ended = None, [], torch.zeros(len(batch), dtype=torch.bool, device=device)
+        cache, rows = None, torch.arange(begin, begin + len(batch), device=device)
         for _ in range(max_tokens):
             states, cache = model.decode(tokens, memory, cache)
             tokens = model.logits(states[:, -1]).argmax(-1, keepdim=True)  # [B, 1]
-            produced.append(tokens)
-            ended |= tokens[:, 0] == EOS
-            if ended.all():
+            live = tokens[:, 0] != EOS
+            if not live.all():  # who has ended leaves: one long output is not waited for by a whole batch
+                rows, tokens, cache = rows[live], tokens[live], [(k[live], v[live]) for k, v in cache]
+                if memory is not None:
+                    memory = Memory([(k[live], v[live]) for k, v in memory.keys_values], memory.mask[live])
+            for row, token in zip(rows.tolist(), tokens[:, 0].tolist(), strict=True):
+                outputs[row].append(token)
+            if not len(rows):
                 break
-        outputs += [row[: row.index(EOS)] if EOS in row else row for row in torch.cat(produced, dim=1).tolist()]
     return outputs
