@@ -20,9 +20,11 @@ from tests.load.fuzz.calls import request_of
 from tests.load.fuzz.in_process import through_the_service
 from tests.load.running import server_process
 from tests.load.verdict import conclude
+from tests.load.watched_server import COUNTED
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+_AS_IN_THE_IMAGE = {"MALLOC_ARENA_MAX": "2"}
 _MOST_GROWTH = 256 * 2**20
 """Of the front end's memory: what the allocator keeps of the most that was in use at once, not what 10^6 requests leave."""
 
@@ -55,7 +57,9 @@ def main(
             if not bundle.exists():
                 tiny.write_bundle(bundle, bundle.name)
         flags = ("--device", "cpu", "--engines", "1", "--threads", "1")
-        async with server_process(*served, *flags, module="tests.load.watched_server") as server:
+        async with server_process(
+            *served, *flags, module="tests.load.watched_server", environment=_AS_IN_THE_IMAGE | COUNTED
+        ) as server:
             return await attack(
                 server, seed, calls=range(first, first + calls), abuses=range(first, first + abuses), minutes=minutes, say=say
             )
