@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from server.edge import convert
-from tests.load.fuzz.attack import attack
+from tests.load.fuzz.attack import Report, attack
 from tests.load.fuzz.calls import request_of
 from tests.load.fuzz.in_process import through_the_service
 from tests.load.fuzz.mutation import METHODS, mutate_field, valid_request
-from tests.load.running import server_process
+from tests.load.memory import WARM_BYTES
+from tests.load.running import Resting, server_process
+from tests.load.watched_server import COUNTED
 
 FLAGS = ("--device", "cpu", "--engines", "1", "--threads", "1", "--max-rows", "8")
 
 
 async def test_strangers_do_no_harm(bundles: dict[str, Path]) -> None:
-    async with server_process(*bundles.values(), *FLAGS, module="tests.load.watched_server") as server:
+    async with server_process(*bundles.values(), *FLAGS, module="tests.load.watched_server", environment=COUNTED) as server:
         report = await attack(server, 1, calls=range(600), abuses=range(28))
     assert report.problems == []
     assert report.calls.total() == 600
     assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= report.calls.keys()
     assert len(report.connections) == 14
     assert report.songs > 3
+    assert report.begun > 1000
+    assert report.growth < report.growth_allowed
+
+
+def test_what_calls_that_were_left_explain_is_no_growth() -> None:
+    before = Resting(descriptors=1, tasks=1, threads=1, memory=0, in_use=0)
+    report = Report(calls=Counter(OK=900_000, CANCELLED=100_000), begun=0, before=before)
+    report.after = replace(before, in_use=WARM_BYTES + 25_000_000)
+    assert report.growth < report.growth_allowed
+    report.after = replace(before, in_use=WARM_BYTES + 26_000_000)
+    assert report.growth > report.growth_allowed
 
 
 async def test_no_request_is_a_fault_of_the_service() -> None:

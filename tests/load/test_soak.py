@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.load.memory import GRPC_BYTES, MOST_BYTES
 from tests.load.running import Resting, server_process
-from tests.load.soak import GRPC_BYTES, MOST_BYTES, Report, Sample, front_end, soak
+from tests.load.soak import Report, Sample, front_end, soak
 from tests.load.trend import slope
 from tests.load.watched_server import COUNTED, PLANT_LEAK
 

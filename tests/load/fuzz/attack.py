@@ -12,6 +12,7 @@ import grpc
 
 from tests.load.fuzz.calls import Canary, Strange, generator, send_all
 from tests.load.fuzz.frames import ABUSES, Line
+from tests.load.memory import GRPC_BYTES, MOST_BYTES, WARM_BYTES
 from tests.load.running import Resting, ServerProcess, anonymous_bytes
 
 _CANARY_PAUSE_SECONDS = 0.25
@@ -29,6 +30,8 @@ class Report:
     """Abused, by how."""
     frames: int = 0
     """Sent on them."""
+    begun: int = 0
+    """Calls on them."""
     statuses: Counter[str] = field(default_factory=Counter)
     """That the server answered on them, as numbers."""
     words: Counter[str] = field(default_factory=Counter)
@@ -38,7 +41,7 @@ class Report:
     refused: int = 0
     """Of its calls."""
     memory: list[int] = field(default_factory=list)
-    """Of the front end, in bytes, every 500 abuses."""
+    """Resident bytes of the front end, every 500 abuses."""
     seconds: float = 0.0
     before: Resting | None = None
     after: Resting | None = None
@@ -46,10 +49,16 @@ class Report:
 
     @property
     def growth(self) -> int:
-        """Bytes of memory, of the front end."""
+        """Bytes that the front end has in use and had not before."""
         assert self.before is not None
         assert self.after is not None
-        return self.after.memory - self.before.memory
+        return self.after.in_use - self.before.in_use
+
+    @property
+    def growth_allowed(self) -> float:
+        """As for the soak, and as if each call of an abuse had ended before it was read."""
+        left = self.begun + self.calls["CANCELLED"] + self.calls["DEADLINE_EXCEEDED"]
+        return WARM_BYTES + MOST_BYTES * (self.calls.total() + self.begun) + GRPC_BYTES * left
 
 
 async def attack(
@@ -127,6 +136,7 @@ async def _abuse_all(server: ServerProcess, seed: int, numbers: range, until: fl
             report.connections[name] += len(lines)
             for line in lines:
                 report.frames += line.sent
+                report.begun += line.begun
                 report.statuses.update(line.statuses)
                 report.words.update(f"{status} {words}".partition("(")[0] for status, words in line.words.items() if words)
                 for fault in line.faults:

@@ -52,6 +52,8 @@ class Line:
         self._reader, self._writer = reader, writer
         self.sent = 0
         """Frames, or writes of what is no frame."""
+        self.begun = 0
+        """Calls, by frames of headers."""
         self.statuses: Counter[str] = Counter()
         """Of calls, as numbers."""
         self.words: dict[str, str] = {}
@@ -70,6 +72,7 @@ class Line:
             with contextlib.suppress(ConnectionError, RuntimeError):
                 self._writer.write(piece if isinstance(piece, bytes) else piece.serialize())
                 self.sent += 1
+                self.begun += isinstance(piece, HeadersFrame)
 
     async def flush(self) -> None:
         """Waits until it is sent, or the server has hung up, or no longer reads."""
