@@ -152,6 +152,23 @@ def test_steps_account_for_every_request_and_token(family: str) -> None:
     assert (stats.live_rows, stats.live_requests, stats.waiting_requests, stats.waiting_tokens) == (0, 0, 0, 0)
 
 
+def test_a_caller_who_leaves_while_its_prompt_is_read_costs_nothing_more() -> None:
+    running = engine("decoder_only", join_tokens=4)
+    long = GenerationRequest(id="left", input_ids=tuple(range(4, 24)), decoding=Decoding(max_tokens=4))
+    other = replace(long, id="stays", input_ids=(7, 8, 9))
+    running.submit(long)
+    events, stats = running.step()
+    assert (events, stats.encoded_tokens, stats.waiting_requests) == ([], 4, 1)
+    running.submit(other)
+    running.cancel("left")
+    events, stats = running.step()
+    assert (stats.encoded_tokens, stats.encoded_requests, stats.waiting_requests) == (2, 1, 0), (
+        "the other's prompt, and no more"
+    )
+    running.cancel("stays")
+    assert not running.has_work
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_greedy_requests_alone_gives_what_the_reference_decoder_gives(family: str) -> None:
     rng = random.Random(7)
