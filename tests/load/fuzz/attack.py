@@ -55,6 +55,13 @@ class Report:
         return self.after.in_use - self.before.in_use
 
     @property
+    def resident_growth(self) -> int:
+        """Bytes of the front end's memory, with what the allocator keeps for later."""
+        assert self.before is not None
+        assert self.after is not None
+        return self.after.memory - self.before.memory
+
+    @property
     def growth_allowed(self) -> float:
         """As for the soak, and as if each call of an abuse had ended before it was read."""
         left = self.begun + self.calls["CANCELLED"] + self.calls["DEADLINE_EXCEEDED"]
