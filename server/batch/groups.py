@@ -137,7 +137,7 @@ class GroupTable:
         self.is_adjusted = np.zeros(capacity, bool)
         self.is_followed = np.zeros(capacity, bool)
         self.has_phrases = np.zeros(capacity, bool)
-        self.alternative = np.full(capacity, -1, np.int64)
+        self.alternative = np.zeros(capacity, np.int64)
         """Which of the best tokens follows the forced prefix; -1: none in particular."""
         self.stop_tokens = np.full((capacity, MAX_STOP_TOKENS), -1, np.int64)
         self.adjustments = AdjustmentTable(capacity)

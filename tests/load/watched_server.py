@@ -1,7 +1,7 @@
 """``python -m tests.load.watched_server [--plant-leak BYTES] ARGUMENTS``: the server of ``python -m server``, with more to see.
 
 Its metrics page has two series more, ``asyncio_tasks`` and ``malloc_in_use_bytes``; the second counts Python's objects too when
-Python takes its memory from malloc (``COUNTED``). With ``--plant-leak`` it keeps so many bytes of every call, so that a check
+Python takes its memory from malloc (``COUNTED``). At SIGUSR2 malloc gives back to the system what it keeps for later. With ``--plant-leak`` it keeps so many bytes of every call, so that a check
 that is to find leaks can be shown to find one.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 import ctypes
 import gc
 import os
+import signal
 import sys
 
 from prometheus_client import Gauge
@@ -47,9 +48,17 @@ def malloc_in_use() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
+def give_back() -> None:
+    """Returns to the system what malloc keeps of pieces that were freed, where the C library can."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 class WatchedServer(Server):
     async def startup(self) -> None:
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR2, give_back)
         tasks = Gauge("asyncio_tasks", "Tasks of the event loop.", registry=self._metrics.registry)
         tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
         in_use = Gauge("malloc_in_use_bytes", "Given out by malloc.", registry=self._metrics.registry)

@@ -38,6 +38,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "server.batch.kv_cache": ("batch/test_kv_cache", "batch/test_engine"),
     "server.batch.engine": ("batch/test_engine", "batch/test_engine_options", "batch/test_streaming", "test_metrics"),
     "server.batch.groups": (
+        "batch/test_groups",
         "batch/test_engine",
         "batch/test_engine_options",
         "batch/test_decoding_options",
@@ -68,13 +69,14 @@ def main(
     processes: Annotated[int, typer.Option(min=1, help="Mutants tried at a time.")] = 2,
     tests: Annotated[bool, typer.Option("--tests", help="Try the simulation's survivors on the unit tests.")] = False,
     every: Annotated[int, typer.Option(min=1, help="Try only one in so many, for a sample.")] = 1,
+    first: Annotated[int, typer.Option(min=0, help="The first of each module that is tried, for another sample.")] = 0,
 ) -> None:
     """Prints every survivor."""
     modules = module or list(TESTS)
     if problem := survives("", "", lives):
         sys.exit(f"the simulation fails without a mutant: {problem}")
     began, tried = time.monotonic(), list[Tried]()
-    work = [(name, mutant) for name in modules for mutant in mutants_of(name)[::every]]
+    work = [(name, mutant) for name in modules for mutant in mutants_of(name)[first::every]]
     with ThreadPoolExecutor(processes) as pool:
         for number, one in enumerate(pool.map(partial(_try, lives=lives, tests=tests), work), start=1):
             tried.append(one)
