@@ -75,6 +75,12 @@ class ServerProcess:
             in_use=round(series["malloc_in_use_bytes", ""]),
         )
 
+    async def given_back(self) -> int:
+        """``Resting.memory`` once malloc has returned to the system what it can; of a ``tests.load.watched_server``."""
+        os.kill(self.pid, signal.SIGUSR2)
+        await asyncio.sleep(1.0)
+        return anonymous_bytes(self.pid)
+
     async def series(self) -> dict[tuple[str, str], float]:
         """Every sample of a scrape, summed over labels but the one that matters: (name, outcome or reason)."""
         text = await asyncio.to_thread(self.scrape)

@@ -31,6 +31,8 @@ async def test_strangers_do_no_harm(bundles: dict[str, Path]) -> None:
     assert report.songs > 3
     assert report.begun > 1000
     assert report.growth < report.growth_allowed
+    assert report.after is not None
+    assert 0 < report.given_back < report.after.memory + 2**20
 
 
 def test_what_calls_that_were_left_explain_is_no_growth() -> None:

@@ -1,8 +1,8 @@
 """``python -m tests.load.watched_server [--plant-leak BYTES] ARGUMENTS``: the server of ``python -m server``, with more to see.
 
 Its metrics page has two series more, ``asyncio_tasks`` and ``malloc_in_use_bytes``; the second counts Python's objects too when
-Python takes its memory from malloc (``COUNTED``). At SIGUSR2 malloc gives back to the system what it keeps for later. With ``--plant-leak`` it keeps so many bytes of every call, so that a check
-that is to find leaks can be shown to find one.
+Python takes its memory from malloc (``COUNTED``). At SIGUSR2 malloc gives back to the system what it keeps for later. With
+``--plant-leak`` it keeps so many bytes of every call, so that a check that is to find leaks can be shown to find one.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ class Report:
     seconds: float = 0.0
     before: Resting | None = None
     after: Resting | None = None
+    given_back: int = 0
+    """``after.memory`` once malloc has returned what it can: it keeps the most that was in use at once, for the next burst."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -56,10 +58,9 @@ class Report:
 
     @property
     def resident_growth(self) -> int:
-        """Bytes of the front end's memory, with what the allocator keeps for later."""
+        """Bytes of the front end's memory that nothing gives back: in use, or in one piece with something that is."""
         assert self.before is not None
-        assert self.after is not None
-        return self.after.memory - self.before.memory
+        return self.given_back - self.before.memory
 
     @property
     def growth_allowed(self) -> float:
@@ -114,6 +115,7 @@ async def attack(
         report.songs, report.refused = canary.songs, canary.refused
         report.problems += [f"{count} times {problem}" for problem, count in canary.problems.items()]
         report.after = await _settled(server, report.before)
+        report.given_back = await server.given_back()
         await canary.sing()
     if server.engines != engines:
         report.problems.append(f"engine processes were {engines}, and are {server.engines}")
