@@ -10,6 +10,7 @@ nothing.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class FairQueue(Generic[T]):
         self._lanes: dict[int, _Lane[T]] = {}
         self._weights: dict[str, float] = {}
         self._length = 0
-        self._number = 0
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return self._length
@@ -73,9 +74,8 @@ class FairQueue(Generic[T]):
         """Args: weight: the tenant's share; priority: larger goes first; cost: work of the item, in any unit."""
         lane = self._lanes.setdefault(priority, _Lane())
         self._weights[tenant] = weight
-        self._number += 1
         self._length += 1
-        ticket = Ticket(priority, tenant, self._number, item, cost / weight)
+        ticket = Ticket(priority, tenant, next(self._numbers), item, cost / weight)
         is_first = tenant not in lane.waiting
         lane.waiting.setdefault(tenant, OrderedDict())[ticket.number] = ticket
         if is_first:

@@ -109,7 +109,7 @@ class WaitingRoom:
 
     def check(self) -> None:
         """Refuses what would be refused however small it is, before any work is done for it. Raises Refused."""
-        self._admission.check(*self._situation(requests=1, tokens=0))
+        self._admission.check(*self._situation(requests=1, tokens=1))
 
     @contextmanager
     def admit(self, requests: Sequence[Request]) -> Iterator[None]:

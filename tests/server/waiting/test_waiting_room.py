@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -97,6 +97,20 @@ async def test_the_engine_gets_what_it_has_rows_for_and_a_little_more() -> None:
         await settle()
     assert await asyncio.gather(*tasks) == [[DONE]] * 30
     assert (room.status.waiting_requests, room.status.waiting_tokens, engine.live) == (0, 0, 0)
+
+
+async def test_a_queue_full_of_tokens_refuses_before_any_work_is_done() -> None:
+    limit = AdmissionLimits(max_waiting_tokens=60)
+    for waiting, refused in [(30, True), (29, False)]:  # 10 reach the engine, the others wait with 3 tokens each
+        engine = Rows(8)
+        room = WaitingRoom(engine, limit)
+        tasks = enter(room, *(f"r{n}" for n in range(waiting)))
+        await settle()
+        with call(), pytest.raises(Refused) if refused else nullcontext():
+            room.check()
+        for task in tasks:
+            task.cancel()
+        await settle()
 
 
 async def test_wide_requests_are_not_piled_up_in_the_engine_where_no_share_counts() -> None:
