@@ -123,6 +123,8 @@ class SequenceRuntime:
         self._top_k = {k: np.array([k], np.int64) for k in self.top_k_choices}
         self._candidates: dict[int, Candidates] = {}
         self._steps: dict[tuple[int, int, int, bool], ort.IOBinding] = {}
+        # What the caches hold: rows, positions of the longest target, source, and prompt in the staging row.
+        self._live = self._longest_target = self._longest_source = self._staged = 0
 
     def _open_device(self) -> CudaMemory:
         try:
@@ -151,11 +153,16 @@ class SequenceRuntime:
         binding.bind_output("cross", self._device, 0)  # what the decoder reads never leaves the device
         self._encode.run_with_iobinding(binding)
         (cross,) = binding.get_outputs()
+        self._live = max(self._live, int(rows[-1][-1]) + 1)
+        self._longest_source = max(self._longest_source, padded.shape[1])
+        self._reserve()
         self._caches.write_source(rows, cross)
         for i, own in enumerate(rows):
             self._source_last[own] = lengths[i] - 1
 
     def prefill(self, tokens: Sequence[int], start: int) -> None:
+        self._staged = start + len(tokens)
+        self._reserve()
         binding = self._decode.io_binding()
         positions = np.arange(start, start + len(tokens))[None]
         inputs: Arrays = {
@@ -176,6 +183,8 @@ class SequenceRuntime:
 
     def adopt(self, rows: Rows, length: int) -> None:
         self._caches.adopt(rows, length)
+        self._live, self._longest_target = max(self._live, int(rows[-1]) + 1), max(self._longest_target, length)
+        self._staged = 0
 
     def decode(
         self, tokens: NDArray[np.int64], positions: NDArray[np.int64], top_k: int, *, keep_logits: bool = True
@@ -185,14 +194,20 @@ class SequenceRuntime:
         self._positions[:n, 0] = positions
         self._last[:n] = positions
         self._total[...] = positions.max() + 1
+        self._live, self._longest_target = n, int(self._total)
         if self.shape.has_encoder:
-            self._source_total[...] = self._source_last[:n].max() + 1
+            self._source_total[...] = self._longest_source = int(self._source_last[:n].max()) + 1
+        self._reserve()
         for begin in range(0, n, self.step_rows):
             key = begin, min(n, begin + self.step_rows), top_k, keep_logits
             binding = self._steps.get(key) or self._bind_step(*key)
             self._decode.run_with_iobinding(binding)
         ids, log_probabilities = self._candidates[top_k]
         return Candidates(ids[:n], log_probabilities[:n])
+
+    def _reserve(self) -> None:
+        if self._caches.reserve(max(self._longest_target, self._staged), self._longest_source, self._live):
+            self._steps.clear()
 
     def tune(self) -> None:
         """Sets ``step_rows`` by measurement. Call it before the first request.
