@@ -16,7 +16,7 @@ class CudaError(RuntimeError):
 
 
 class CudaMemory:
-    """A ``server.device.caches.DeviceMemory``. Copies run on the default stream.
+    """A ``server.device.device_caches.DeviceMemory``. Copies run on the default stream.
 
     Raises:
         CudaError: when the library is not there, or memory runs out.

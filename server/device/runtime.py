@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from server.batch.kv_cache import Rows
 from server.batch.sequence_model import Candidates, SequenceShape
-from server.device.caches import CacheLayout, Caches, DeviceCaches, HostCaches
+from server.device.caches import CacheLayout, Caches
 from server.device.cuda import CudaError, CudaMemory
+from server.device.device_caches import DeviceCaches
+from server.device.host_caches import HostCaches
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -28,7 +28,8 @@ from rich.table import Table
 
 from export.bundle import CACHE_TYPES
 from server.batch.sequence_model import SequenceShape
-from server.device.caches import CacheLayout, HostCaches
+from server.device.caches import CacheLayout
+from server.device.host_caches import HostCaches
 from server.device.runtime import SequenceRuntime, SessionSettings
 from tests.bench.natural import natural_model, source_of
 from tests.bench.shapes import LENGTHS, SHAPES, graphs, machine
