@@ -1,6 +1,6 @@
 """``python -m tests.bench.growth``: what a decode step costs as rows and texts grow, in time and in memory.
 
-Two sweeps over rows that hold 1,024 positions: more and more rows, each ``LENGTH`` tokens into its text, and ``ROWS`` rows
+Two sweeps over rows that may hold 1,024 positions: more and more rows, each ``LENGTH`` tokens into its text, and ``ROWS`` rows
 further and further into theirs. Caches hold random numbers, so that no page is shared or known to be zero.
 """
 
@@ -48,9 +48,9 @@ class Cost:
     seconds: float
     """Median."""
     caches: int
-    """Bytes of caches for so many rows of full capacity."""
+    """Bytes of caches if so many rows were as long as they may be."""
     least: int
-    """Bytes if no text could be longer."""
+    """Bytes of what they hold."""
     resident: int
     """Bytes by which the process has grown since no row was in use."""
 
@@ -102,6 +102,7 @@ class Bench:
             some = range(begin, min(begin + 32, rows))
             sources = [source_of(rng, self.source_length, self.shape.vocab_size) for _ in some]
             self.runtime.encode(sources, [np.array([row]) for row in some])
+        self.runtime.decode(np.full(rows, 4), np.full(rows, length - 1), 1)  # lays the caches out for this length
         noise = np.random.default_rng(0).normal(size=(length, self.shape.head_width))
         for bound in self.caches.views(slice(0, rows)):
             if bound.name.startswith("self"):
