@@ -216,7 +216,6 @@ class WaitingRoom:
         use.waiting_tokens += len(visit.request.input_ids)
         self._empty.clear()
         self._let_in()  # those who wait may be there for their tenants' sake alone
-        come = False
         try:
             come = await visit.turn
         except asyncio.CancelledError:

@@ -70,6 +70,15 @@ def test_a_burst_is_counted_before_it_is_reported() -> None:
         pass
 
 
+def test_who_has_handed_over_gives_its_tokens_back_though_others_of_its_tenant_have_not() -> None:
+    admission = Admission(LIMITS)
+    with admit(admission, status(), 1, 40):
+        with admit(admission, status(), 1, 50):
+            pass
+        with admit(admission, status(), 1, 60):
+            pass
+
+
 def test_a_place_is_given_back_when_the_handover_fails() -> None:
     admission = Admission(LIMITS)
     for _ in range(20):

@@ -262,6 +262,28 @@ async def test_tenants_take_turns_and_urgent_calls_go_first() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def test_texts_that_are_only_read_cost_their_tenant_their_length() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"long": Tenant(), "short": Tenant()}))
+    first = enter(room, "r0", "r1")
+    await settle()
+
+    async def read(name: str, tokens: int) -> list[Event]:
+        async with aclosing(room.submit(EncodingRequest(id=name, input_ids=(5,) * tokens))) as events:
+            return [event async for event in events]
+
+    tasks = []
+    for tenant, tokens in [("long", 30), ("short", 10)]:
+        with call(tenant):
+            tasks += [asyncio.create_task(read(f"{tenant}{n}", tokens)) for n in range(4)]
+    await settle()
+    while engine.gates:
+        engine.let_go(*list(engine.gates))
+        await settle()
+    assert await asyncio.gather(*first, *tasks) == [[DONE]] * 10
+    assert names(engine)[2:] == ["long0", "short0", "short1", "short2", "long1", "short3", "long2", "long3"]
+
+
 async def test_a_call_that_would_be_late_is_refused_and_another_tenants_is_not() -> None:
     now = 0.0
     engine = Rows(1)
@@ -362,6 +384,11 @@ async def test_a_drain_serves_what_waits_and_takes_nothing_new() -> None:
     assert await asyncio.gather(*tasks) == [[DONE]] * 5
     await drain
     assert len(engine.drains) == 1
+
+
+async def test_a_drain_of_nothing_takes_no_time() -> None:
+    async with asyncio.timeout(0.5):
+        await WaitingRoom(Rows(1), AdmissionLimits()).drain(5)
 
 
 async def test_a_drain_out_of_time_tells_those_who_wait() -> None:
