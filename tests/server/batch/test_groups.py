@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from server.batch.groups import MAX_CANDIDATES, GroupTable
@@ -50,3 +52,23 @@ def test_whether_a_group_is_not_a_beam_search() -> None:
     assert table.any_greedy
     table.remove(greedy)
     assert not table.any_greedy
+
+
+@pytest.mark.parametrize(
+    ("decoding", "stream", "plain"),
+    [
+        pytest.param(Decoding(max_tokens=9), False, True, id="greedy"),
+        pytest.param(Decoding(max_tokens=9, beams=4, min_tokens=2), False, True, id="beams"),
+        pytest.param(Decoding(max_tokens=9), True, False, id="streaming"),
+        pytest.param(Decoding(max_tokens=9, sampling=Sampling(seed=1)), False, False, id="sampling"),
+        pytest.param(Decoding(max_tokens=9, stop_tokens=(7,)), False, False, id="stop tokens"),
+        pytest.param(Decoding(max_tokens=9, stop_strings=("x",)), False, False, id="stop strings"),
+    ],
+)
+def test_the_short_cut_is_for_groups_without_anything_to_look_after(decoding: Decoding, stream: bool, plain: bool) -> None:
+    table = GroupTable(capacity=16, longest=9)
+    assert table.all_plain
+    (group,) = table.add(replace(request("a", decoding), stream=stream))
+    assert table.all_plain is plain
+    table.remove(group)
+    assert table.all_plain
