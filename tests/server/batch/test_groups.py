@@ -43,15 +43,18 @@ def test_the_widest_group_decides_as_long_as_it_lives() -> None:
     assert table.most_candidates == 1
 
 
-def test_whether_a_group_is_not_a_beam_search() -> None:
+def test_what_no_group_asks_for_costs_no_step_anything() -> None:
     table = GroupTable(capacity=16, longest=9)
     assert not table.any_greedy
     table.add(request("beams", Decoding(max_tokens=9, beams=4)))
     assert not table.any_greedy
+    assert not table.any_min_tokens
     (greedy,) = table.add(request("greedy", Decoding(max_tokens=9)))
     assert table.any_greedy
     table.remove(greedy)
     assert not table.any_greedy
+    table.add(request("long", Decoding(max_tokens=9, min_tokens=1)))
+    assert table.any_min_tokens
 
 
 @pytest.mark.parametrize(
