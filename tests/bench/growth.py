@@ -50,7 +50,7 @@ class Cost:
     caches: int
     """Bytes of caches if so many rows were as long as they may be."""
     least: int
-    """Bytes of what they hold."""
+    """Bytes if no text could be longer."""
     resident: int
     """Bytes by which the process has grown since no row was in use."""
 

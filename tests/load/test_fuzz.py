@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -15,8 +17,8 @@ from tests.load.fuzz.calls import request_of
 from tests.load.fuzz.in_process import through_the_service
 from tests.load.fuzz.mutation import METHODS, mutate_field, valid_request
 from tests.load.memory import WARM_BYTES
-from tests.load.running import Resting, server_process
-from tests.load.watched_server import COUNTED
+from tests.load.running import Resting, anonymous_bytes, server_process
+from tests.load.watched_server import COUNTED, give_back
 
 FLAGS = ("--device", "cpu", "--engines", "1", "--threads", "1", "--max-rows", "8")
 
@@ -42,6 +44,23 @@ def test_what_calls_that_were_left_explain_is_no_growth() -> None:
     assert report.growth < report.growth_allowed
     report.after = replace(before, in_use=WARM_BYTES + 26_000_000)
     assert report.growth > report.growth_allowed
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
+def test_what_malloc_keeps_of_a_burst_is_given_back() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size, pieces = 64 * 2**10, list[int]()
+    for _ in range(1000):
+        pieces.append(libc.malloc(size))
+        ctypes.memset(pieces[-1], 1, size)
+    last = pieces.pop()  # while it lies at the end, malloc keeps all that is before it
+    for piece in pieces:
+        libc.free(piece)
+    before = anonymous_bytes(os.getpid())
+    give_back()
+    assert anonymous_bytes(os.getpid()) < before - 40 * 2**20
+    libc.free(last)
 
 
 async def test_no_request_is_a_fault_of_the_service() -> None:
