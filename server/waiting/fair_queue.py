@@ -9,7 +9,6 @@ nothing.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,32 +33,37 @@ class Ticket(Generic[T]):
 
 
 @dataclass(slots=True)
+class _Line(Generic[T]):
+    """What one tenant has waiting at one priority; never empty."""
+
+    start: float
+    """Tag of the first."""
+    weight: float
+    """The tenant's, when it last came."""
+    tickets: OrderedDict[int, Ticket[T]] = field(default_factory=OrderedDict)
+    """By number."""
+
+    @property
+    def first(self) -> Ticket[T]:
+        return next(iter(self.tickets.values()))
+
+
+@dataclass(slots=True)
 class _Lane(Generic[T]):
-    """The tenants of one priority."""
+    """The tenants of one priority; never empty."""
 
     virtual_time: float = 0.0
-    waiting: dict[str, OrderedDict[int, Ticket[T]]] = field(default_factory=dict)
-    """Of each tenant that has any, by number."""
+    lines: dict[str, _Line[T]] = field(default_factory=dict)
+    """Of the tenants that have something waiting. No tag is before the virtual time."""
     ends: dict[str, float] = field(default_factory=dict)
-    """Of each tenant's last item that was served, where that is after the virtual time."""
-    heads: list[tuple[float, int, Ticket[T]]] = field(default_factory=list)
-    """A heap: the start tag of each tenant's first item; those of items that were removed lie in it for a while."""
-    tags: dict[str, float] = field(default_factory=dict)
-    """The start tag of each tenant's first item."""
-
-    def lead(self, tenant: str, tag: float) -> None:
-        """The tenant's first item has this start tag."""
-        ticket = next(iter(self.waiting[tenant].values()))
-        self.tags[tenant] = tag
-        heapq.heappush(self.heads, (tag, ticket.number, ticket))
+    """Of the last item of each of the others."""
 
 
 class FairQueue(Generic[T]):
-    """A queue of items of several tenants."""
+    """A queue of items of several tenants. A turn takes time in proportion to the tenants that wait."""
 
     def __init__(self) -> None:
         self._lanes: dict[int, _Lane[T]] = {}
-        self._weights: dict[str, float] = {}
         self._length = 0
         self._numbers = itertools.count()
 
@@ -68,18 +72,18 @@ class FairQueue(Generic[T]):
 
     def waiting_of(self, tenant: str) -> int:
         """Items of one tenant, of any priority."""
-        return sum(len(lane.waiting.get(tenant, ())) for lane in self._lanes.values())
+        return sum(len(lane.lines[tenant].tickets) for lane in self._lanes.values() if tenant in lane.lines)
 
     def put(self, item: T, *, tenant: str = "", weight: float = 1.0, priority: int = 0, cost: float = 1.0) -> Ticket[T]:
         """Args: weight: the tenant's share; priority: larger goes first; cost: work of the item, in any unit."""
         lane = self._lanes.setdefault(priority, _Lane())
-        self._weights[tenant] = weight
-        self._length += 1
+        if tenant not in lane.lines:
+            lane.lines[tenant] = _Line(max(lane.virtual_time, lane.ends.pop(tenant, 0.0)), weight)
+        line = lane.lines[tenant]
+        line.weight = weight
         ticket = Ticket(priority, tenant, next(self._numbers), item, cost / weight)
-        is_first = tenant not in lane.waiting
-        lane.waiting.setdefault(tenant, OrderedDict())[ticket.number] = ticket
-        if is_first:
-            lane.lead(tenant, max(lane.virtual_time, lane.ends.pop(tenant, 0.0)))
+        line.tickets[ticket.number] = ticket
+        self._length += 1
         return ticket
 
     def pop(self, may_go: Callable[[T], bool] = lambda item: True) -> T:
@@ -88,25 +92,18 @@ class FairQueue(Generic[T]):
         Raises:
             IndexError: when there is none.
         """
-        for priority in sorted(self._lanes, reverse=True):
-            lane = self._lanes[priority]
+        for _, lane in sorted(self._lanes.items(), reverse=True):
             aside = []
-            ticket = None
-            while lane.heads and ticket is None:
-                head = heapq.heappop(lane.heads)
-                if not head[2].waiting:
+            for line in sorted(lane.lines.values(), key=lambda line: (line.start, line.first.number)):
+                ticket = line.first
+                if not may_go(ticket.item):
+                    aside.append(line)
                     continue
-                if may_go(head[2].item):
-                    tag, _, ticket = head
-                    lane.virtual_time = max(lane.virtual_time, tag)
-                else:
-                    aside.append(head)
-            for tag, number, other in aside:
-                later = tag if ticket is None else max(tag, lane.virtual_time)
-                lane.tags[other.tenant] = later
-                heapq.heappush(lane.heads, (later, number, other))
-            if ticket is not None:
-                self._take(lane, ticket, lane.tags[ticket.tenant] + ticket.work)
+                lane.virtual_time = line.start
+                for other in aside:
+                    other.start = lane.virtual_time
+                line.start += ticket.work
+                self._take(ticket)
                 return ticket.item
         raise IndexError("nothing in the queue may go")
 
@@ -114,11 +111,7 @@ class FairQueue(Generic[T]):
         """Takes an item out before its turn; False when it was not (or no longer) there."""
         if not ticket.waiting:
             return False
-        lane = self._lanes[ticket.priority]
-        self._take(lane, ticket, lane.tags[ticket.tenant])
-        if len(lane.heads) > 64 and len(lane.heads) > 2 * len(lane.waiting):
-            lane.heads = [head for head in lane.heads if head[2].waiting]
-            heapq.heapify(lane.heads)
+        self._take(ticket)
         return True
 
     def ahead_of(self, tenant: str, *, weight: float = 1.0, priority: int = 0) -> int:
@@ -126,33 +119,23 @@ class FairQueue(Generic[T]):
         the shares say, but never more than there are."""
         ahead = 0
         for urgency, lane in self._lanes.items():
+            waiting = {name: len(line.tickets) for name, line in lane.lines.items()}
             if urgency > priority:
-                ahead += sum(map(len, lane.waiting.values()))
+                ahead += sum(waiting.values())
             elif urgency == priority:
-                own = len(lane.waiting.get(tenant, ()))
-                others = sum(
-                    min(len(items), (own + 1) * self._weights[name] / weight)
-                    for name, items in lane.waiting.items()
-                    if name != tenant
-                )
+                own = waiting.pop(tenant, 0)
+                others = sum(min(count, (own + 1) * lane.lines[name].weight / weight) for name, count in waiting.items())
                 ahead += own + round(others)
         return ahead
 
-    def _take(self, lane: _Lane[T], ticket: Ticket[T], next_tag: float) -> None:
-        """Args: next_tag: start of the tenant's item behind this one, if this one was its first."""
+    def _take(self, ticket: Ticket[T]) -> None:
+        lane = self._lanes[ticket.priority]
+        line = lane.lines[ticket.tenant]
         ticket.waiting = False
+        del line.tickets[ticket.number]
         self._length -= 1
-        tenant, items = ticket.tenant, lane.waiting[ticket.tenant]
-        was_first = next(iter(items)) == ticket.number
-        del items[ticket.number]
-        if items:
-            if was_first:
-                lane.lead(tenant, next_tag)
-            return
-        del lane.waiting[tenant], lane.tags[tenant]
-        if next_tag > lane.virtual_time:
-            lane.ends[tenant] = next_tag
-        if not lane.waiting:  # begins anew: tags stay small, and tenants that are gone are forgotten
+        if not line.tickets:
+            del lane.lines[ticket.tenant]
+            lane.ends[ticket.tenant] = line.start
+        if not lane.lines:  # begins anew: nobody owes anything
             del self._lanes[ticket.priority]
-        if not self._length:
-            self._weights.clear()

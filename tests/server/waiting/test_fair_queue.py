@@ -78,7 +78,7 @@ def test_a_tenant_that_comes_one_by_one_gets_no_more_than_its_share() -> None:
     assert served == {"busy": 12, "single": 3}
 
 
-def test_turns_stay_in_order_when_what_was_removed_is_cleared_away() -> None:
+def test_turns_stay_in_order_when_many_leave() -> None:
     rng = random.Random(1)
     queue: FairQueue[int] = FairQueue()
     tickets = [queue.put(n, tenant=f"t{n % 300}", cost=rng.randint(1, 99)) for n in range(900)]
@@ -86,14 +86,31 @@ def test_turns_stay_in_order_when_what_was_removed_is_cleared_away() -> None:
     left = rng.sample([ticket for ticket in tickets if ticket.waiting], 600)
     for ticket in left:
         assert queue.remove(ticket)
-        (lane,) = queue._lanes.values()
-        assert len(lane.heads) <= max(64, 2 * len(lane.waiting)), "what was removed is kept"
     times = []
     while queue:
         served.add(queue.pop())
         times += [lane.virtual_time for lane in queue._lanes.values()]
     assert times == sorted(times)
     assert served == {ticket.item for ticket in tickets} - {ticket.item for ticket in left}
+
+
+def test_once_the_queue_has_been_empty_nobody_owes_anything() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.put("large", tenant="large", cost=100)
+    assert drain(queue) == ["large"]
+    for name in ("large", "small") * 3:
+        queue.put(name, tenant=name)
+    assert drain(queue) == ["large", "small"] * 3
+
+
+def test_whose_last_item_was_large_waits_for_the_others_when_it_comes_again() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.put("large", tenant="large", cost=3)
+    for _ in range(5):
+        queue.put("small", tenant="small")
+    assert queue.pop() == "large"
+    queue.put("large", tenant="large", cost=3)
+    assert drain(queue) == ["small", "small", "small", "small", "large", "small"]
 
 
 def test_priority_comes_before_fairness() -> None:
