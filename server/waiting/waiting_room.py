@@ -150,7 +150,6 @@ class WaitingRoom:
             turn = self._queue.pop().turn
             if not turn.done():
                 turn.set_result(False)
-        await asyncio.sleep(0)  # those whose turn has just come hand over
         await self._engine.drain(max(0.0, deadline - self._clock()))
 
     @property

@@ -100,11 +100,23 @@ async def test_the_engine_gets_what_it_has_rows_for_and_a_little_more() -> None:
 
 
 async def test_a_queue_full_of_tokens_refuses_before_any_work_is_done() -> None:
-    limit = AdmissionLimits(max_waiting_tokens=60)
+    limit = AdmissionLimits(max_waiting_tokens=58)
     for waiting, refused in [(30, True), (29, False)]:  # 10 reach the engine, the others wait with 3 tokens each
         engine = Rows(8)
         room = WaitingRoom(engine, limit)
         tasks = enter(room, *(f"r{n}" for n in range(waiting)))
+        await settle()
+        with call(), pytest.raises(Refused) if refused else nullcontext():
+            room.check()
+        for task in tasks:
+            task.cancel()
+        await settle()
+
+
+async def test_where_one_more_may_wait_one_more_is_not_refused() -> None:
+    for most, refused in [(20, True), (21, False)]:
+        room = WaitingRoom(Rows(8), AdmissionLimits(max_waiting_requests=most))
+        tasks = enter(room, *(f"r{n}" for n in range(28)))  # 8 run
         await settle()
         with call(), pytest.raises(Refused) if refused else nullcontext():
             room.check()
@@ -217,6 +229,28 @@ async def test_the_wait_of_a_tenant_with_few_rows_is_its_own() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.parametrize(("most", "per_second"), [(1, 2.0), (4, 8.0)])
+async def test_a_tenant_can_expect_all_the_rows_that_it_may_hold(most: int, per_second: float) -> None:
+    """It holds one; each takes half a second."""
+    now = 0.0
+    engine = Rows(4)
+    limits = AdmissionLimits(tenants={"batch": Tenant(max_rows=most), "search": Tenant()})
+    room = WaitingRoom(engine, limits, clock=lambda: now)
+    tasks = enter(room, *(f"s{n}" for n in range(5)), tenant="search")
+    await settle()
+    tasks += enter(room, "b0", "b1", tenant="batch")
+    await settle()
+    now += 0.5
+    engine.let_go("s0")
+    await settle()
+    assert names(engine)[5:] == ["b0"]
+    with call("batch"):
+        assert room.forecast.per_second == per_second
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_who_leaves_while_waiting_never_reaches_the_engine() -> None:
     engine = Rows(1)
     room = WaitingRoom(engine, AdmissionLimits())
@@ -224,6 +258,7 @@ async def test_who_leaves_while_waiting_never_reaches_the_engine() -> None:
     await settle()
     tasks[2].cancel()
     await settle()
+    assert tasks[2].cancelled()
     assert (room.status.waiting_requests, room.status.waiting_tokens) == (2, 3), "last, and ahead in the engine"
     for name in ("first", "ahead", "last"):
         engine.let_go(name)
@@ -244,6 +279,8 @@ async def test_who_leaves_just_as_the_turn_comes_gives_it_to_the_next() -> None:
     assert names(engine) == ["first", "ahead", "last"]
     engine.let_go("ahead", "last")
     await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(0.5):
+        await room.drain(5)
 
 
 async def test_tenants_take_turns_and_urgent_calls_go_first() -> None:
@@ -260,6 +297,20 @@ async def test_tenants_take_turns_and_urgent_calls_go_first() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_what_is_asked_outside_of_a_call_is_not_urgent() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "first", "ahead", "called")
+    await settle()
+    tasks.append(asyncio.create_task(collect(room, "uncalled")))
+    await settle()
+    for name in ("first", "ahead", "called", "uncalled"):
+        engine.let_go(name)
+        await settle()
+    assert names(engine) == ["first", "ahead", "called", "uncalled"]
+    assert await asyncio.gather(*tasks) == [[DONE]] * 4
 
 
 async def test_texts_that_are_only_read_cost_their_tenant_their_length() -> None:
@@ -348,6 +399,36 @@ async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
     assert "hurried" not in names(engine)
 
 
+async def test_little_time_is_left_to_the_engine_while_nothing_is_known() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "r0", "r1")
+    with call(seconds=0.5):
+        tasks.append(asyncio.create_task(collect(room, "hurried")))
+    tasks += enter(room, "r2")
+    await settle()
+    for name in ("r0", "r1", "hurried", "r2"):
+        engine.let_go(name)
+        await settle()
+    assert await asyncio.gather(*tasks) == [[DONE]] * 4
+
+
+async def test_little_time_may_be_enough_where_nobody_else_waits() -> None:
+    now = 0.0
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    (first,) = enter(room, "first")
+    await settle()
+    now += 3.0
+    engine.let_go("first")
+    assert await first == [DONE]
+    with call(seconds=2.0):
+        hurried = asyncio.create_task(collect(room, "hurried"))
+    await settle()
+    engine.let_go("hurried")
+    assert await hurried == [DONE]
+
+
 async def test_who_listens_hears_of_the_engine() -> None:
     engine, heard = Rows(1), list[str]()
     room = WaitingRoom(engine, AdmissionLimits())
@@ -382,7 +463,8 @@ async def test_a_drain_serves_what_waits_and_takes_nothing_new() -> None:
         engine.let_go(name)
         await settle()
     assert await asyncio.gather(*tasks) == [[DONE]] * 5
-    await drain
+    async with asyncio.timeout(0.5):
+        await drain
     assert len(engine.drains) == 1
 
 
@@ -398,6 +480,7 @@ async def test_a_drain_out_of_time_tells_those_who_wait() -> None:
     await settle()
     with pytest.raises(TimeoutError):  # the engine's own drain, which this one does not take calmly
         await room.drain(0.05)
+    assert engine.drains == [0.0]
     assert [tasks[n].result() for n in (2, 3)] == [[SHUTTING_DOWN]] * 2
     engine.let_go("r0", "r1")
     assert await asyncio.gather(*tasks[:2]) == [[DONE]] * 2
