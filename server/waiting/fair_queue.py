@@ -39,7 +39,7 @@ class _Line(Generic[T]):
     start: float
     """Tag of the first."""
     weight: float
-    """The tenant's, when it last came."""
+    """The tenant's."""
     tickets: OrderedDict[int, Ticket[T]] = field(default_factory=OrderedDict)
     """By number."""
 
@@ -78,11 +78,9 @@ class FairQueue(Generic[T]):
         """Args: weight: the tenant's share; priority: larger goes first; cost: work of the item, in any unit."""
         lane = self._lanes.setdefault(priority, _Lane())
         if tenant not in lane.lines:
-            lane.lines[tenant] = _Line(max(lane.virtual_time, lane.ends.pop(tenant, 0.0)), weight)
-        line = lane.lines[tenant]
-        line.weight = weight
+            lane.lines[tenant] = _Line(max(lane.virtual_time, lane.ends.pop(tenant, lane.virtual_time)), weight)
         ticket = Ticket(priority, tenant, next(self._numbers), item, cost / weight)
-        line.tickets[ticket.number] = ticket
+        lane.lines[tenant].tickets[ticket.number] = ticket
         self._length += 1
         return ticket
 

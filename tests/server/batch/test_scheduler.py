@@ -63,8 +63,8 @@ def test_a_request_can_be_withdrawn_once() -> None:
     scheduler = Scheduler(join_tokens=20)
     scheduler.add(request("a", 7), now=0.0)
     assert scheduler.remove("a")
-    assert not scheduler.remove("a")
-    assert not scheduler.remove("b")
+    assert scheduler.remove("a") is False
+    assert scheduler.remove("b") is False
     assert (len(scheduler), scheduler.waiting_tokens) == (0, 0)
 
 

@@ -9,7 +9,23 @@ from server.waiting.service_rate import ServiceRate
 
 def test_nothing_is_known_at_first() -> None:
     rate = ServiceRate()
-    assert (rate.per_second, rate.seconds_each, rate.wait(100)) == (None, None, 0.0)
+    assert (rate.per_second, rate.seconds_each, rate.most_seconds_each, rate.wait(100)) == (None, None, 0.0, 0.0)
+
+
+def test_a_few_ends_are_no_measurement() -> None:
+    rate = ServiceRate()
+    for now in (0.0, *[0.5] * 7):
+        rate.ended(now, 0.1, others_wait=True)
+    assert rate.per_second is None, "7 intervals"
+    rate.ended(0.5, 0.1, others_wait=True)
+    assert rate.per_second == 16.0
+
+
+def test_what_took_no_time_is_no_measurement_either() -> None:
+    rate = ServiceRate()
+    for _ in range(20):
+        rate.ended(1.0, 0.0, others_wait=True)
+    assert rate.per_second is None
 
 
 def test_the_rate_is_that_of_the_time_when_others_waited() -> None:
@@ -43,6 +59,15 @@ def test_it_follows_the_machine() -> None:
         rate.ended(now, seconds, others_wait=True)
     assert rate.per_second == pytest.approx(10, rel=0.1)
     assert rate.seconds_each == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_fast_service_is_judged_by_seconds_and_not_by_a_few_ends() -> None:
+    rate, now = ServiceRate(), 0.0
+    for seconds in [0.02] * 500 + [0.1] * 16:
+        now += seconds
+        rate.ended(now, seconds, others_wait=True)
+    assert rate.per_second is not None
+    assert 30 < rate.per_second < 45, "three seconds at 50, one and a half at 10"
 
 
 def test_few_requests_take_longer_than_is_said() -> None:
