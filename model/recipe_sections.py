@@ -136,7 +136,8 @@ class TrainingRecipe:
     """Positions in a batch, padding included, on the wider side of source and target."""
     accumulate: int = 1
     """Batches whose gradients make one update."""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adam"
+    """muon: for the matrices inside the layers, with AdamW for all else."""
     learning_rate: float
     """The highest one."""
     schedule: Literal["inverse_sqrt", "cosine", "constant"] = "inverse_sqrt"
@@ -181,6 +182,8 @@ class TrainingRecipe:
             problems.append(f"training.warmup_updates ({self.warmup_updates}) must not exceed max_updates ({self.max_updates})")
         if self.momentum and self.optimizer != "sgd":
             problems.append(f"training.momentum must be 0 for {self.optimizer}")
+        if self.optimizer == "muon" and self.parallel == "sharded":
+            problems.append("training.optimizer=muon needs whole matrices: not with training.parallel=sharded")
         return problems
 
 

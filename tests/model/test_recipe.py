@@ -70,6 +70,11 @@ def test_an_impossible_value_is_refused_by_name(override: str, problem: str) -> 
     assert any(line.startswith(problem) or problem in line for line in problems_of(override))
 
 
+def test_muon_needs_whole_matrices() -> None:
+    problems = problems_of("training.optimizer='muon'", "training.parallel='sharded'")
+    assert problems == ["training.optimizer=muon needs whole matrices: not with training.parallel=sharded"]
+
+
 def test_files_that_a_task_needs_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data.train must be two files, source and target, not 1"):
         parallel_recipe(tmp_path, "data.train=['a']")
