@@ -79,3 +79,8 @@ async def test_what_the_engine_does_not_work_on_yet_waits_with_its_tokens() -> N
     books.fail_all(STOPPED)
     assert await tasks[1] == [STOPPED]
     assert (books.unanswered, books.waiting_requests, books.waiting_tokens) == (0, 0, 0)
+    (last,) = enter(books, "c")
+    await asyncio.sleep(0)
+    assert books.waiting_tokens == 2, "nothing is left of those before"
+    books.fail_all(STOPPED)
+    assert await last == [STOPPED]
