@@ -15,7 +15,7 @@ import typer
 
 from export.bundle import BundleError
 from server.config import ConfigError, Device, EngineOptions, EnginePlace, Precision, ServerOptions, parse_size, parse_tenants
-from server.device.runtime import RuntimeUnavailable
+from server.device.session import RuntimeUnavailable
 from server.front_ends.supervisor import Supervisor
 from server.lifecycle import CannotServe, Lifecycle
 from server.loading import load_model

@@ -15,7 +15,7 @@ from server.batch.sequence_model import SequenceShape
 from server.batch.step_stats import StepStats
 from server.config import EngineOptions, EnginePlace, Precision
 from server.device.caches import CacheLayout
-from server.device.runtime import RuntimeUnavailable, choose_device
+from server.device.session import RuntimeUnavailable, choose_device
 from server.engines.build_engine import build_engine
 from server.engines.engine_client import EngineClient, Loss
 from server.engines.engine_pool import EnginePool

@@ -20,7 +20,7 @@ from server.requests import Encoded, EncodingRequest, Failed, Failure
 
 
 class EncodingModel(Protocol):
-    """What this engine asks of a model; ``server.device.runtime.EncodingRuntime`` answers with ONNX Runtime."""
+    """What this engine asks of a model; ``server.device.encoding_runtime.EncodingRuntime`` answers with ONNX Runtime."""
 
     def encode(self, sources: Sequence[Sequence[int]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Class probabilities [B, C] (C may be 0) and vectors [B, D]."""

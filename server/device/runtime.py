@@ -1,21 +1,18 @@
-"""ONNX Runtime and the memory it works on. The only file that imports onnxruntime.
+"""The sessions of a model with a decoder, and the memory they work on.
 
 The caches are bound as input and output of the decode graph at once, so a step appends in place and allocates nothing; bindings
 are kept for each number of rows.
 
-Shapes: B rows of a call, S source positions, V vocabulary (the graph's logits may be wider), C classes, D model width.
+Shapes: B rows of a call, S source positions, V vocabulary (the graph's logits may be wider).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from server.batch.kv_cache import Rows
@@ -24,57 +21,7 @@ from server.device.caches import CacheLayout, Caches
 from server.device.cuda import CudaError, CudaMemory
 from server.device.device_caches import DeviceCaches
 from server.device.host_caches import HostCaches
-
-Arrays = dict[str, NDArray[Any]]
-
-
-class RuntimeUnavailable(Exception):
-    """The device or the model cannot be brought up: one line saying why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionSettings:
-    device: str = "cpu"
-    """"cpu" or "cuda"."""
-    threads: int = 0
-    """CPU threads of one session; 0: as many as there are cores."""
-    spinning: bool = True
-    """Idle threads spin for the next operator: faster steps, at the price of the cores while they wait."""
-
-
-def choose_device(asked: str) -> str:
-    """``auto`` takes CUDA where ONNX Runtime can use it.
-
-    Raises:
-        RuntimeUnavailable: when CUDA is asked for and is not there.
-    """
-    cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-    if asked == "cuda" and not cuda:
-        raise RuntimeUnavailable("--device cuda: this ONNX Runtime has no CUDA provider (install the gpu extra)")
-    return "cuda" if cuda and asked in ("auto", "cuda") else "cpu"
-
-
-def open_session(path: Path, settings: SessionSettings) -> ort.InferenceSession:
-    """Raises RuntimeUnavailable when the graph or the device cannot be used."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = settings.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
-    providers: list[Any] = ["CPUExecutionProvider"]
-    # On a CPU the fused operator takes four times as long as the two that it replaces.
-    unwanted = ["SkipLayerNormFusion"] if settings.device == "cpu" else []
-    if settings.device == "cuda":
-        ort.preload_dlls()
-        # The arena grows by what is asked, not by doubling: every new shape would otherwise take memory for good.
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}))
-    try:
-        session = ort.InferenceSession(path, options, providers=providers, disabled_optimizers=unwanted)
-    except Exception as error:  # onnxruntime raises a dozen types of its own, none of them public
-        raise RuntimeUnavailable(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from None
-    if settings.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise RuntimeUnavailable("--device cuda: no CUDA device answers (driver, or libraries of another version)")
-    return session
+from server.device.session import Arrays, Binding, RuntimeUnavailable, Session, SessionSettings, bind_arrays, open_session, pad
 
 
 class SequenceRuntime:
@@ -124,7 +71,7 @@ class SequenceRuntime:
         self.top_k_choices = sorted({min(k, self._outputs) for k in (1, 2, 4, 5, 8, 9, 10, 11, 16, 17, 32, 33, 64)})
         self._top_k = {k: np.array([k], np.int64) for k in self.top_k_choices}
         self._candidates: dict[int, Candidates] = {}
-        self._steps: dict[tuple[int, int, int, bool], ort.IOBinding] = {}
+        self._steps: dict[tuple[int, int, int, bool], Binding] = {}
         # What the caches hold: rows, positions of the longest target, source, and prompt in the staging row.
         self._live = self._longest_target = self._longest_source = self._staged = 0
 
@@ -148,10 +95,10 @@ class SequenceRuntime:
 
     def encode(self, sources: Sequence[Sequence[int]], rows: Sequence[Rows]) -> None:
         assert self._encode is not None
-        padded, lengths = _pad(sources)
+        padded, lengths = pad(sources)
         binding = self._encode.io_binding()
         inputs: Arrays = {"source": padded, "last": lengths - 1, "total": np.array(padded.shape[1], np.int32)}
-        _bind_arrays(binding, inputs, {})
+        bind_arrays(binding, inputs, {})
         binding.bind_output("cross", self._device, 0)  # what the decoder reads never leaves the device
         self._encode.run_with_iobinding(binding)
         (cross,) = binding.get_outputs()
@@ -179,7 +126,7 @@ class SequenceRuntime:
             "top_ids": np.empty((1, 1), np.int64),
             "logits": np.empty((1, self._logits_width), np.float32),
         }
-        _bind_arrays(binding, inputs, scratch)
+        bind_arrays(binding, inputs, scratch)
         self._bind_caches(binding, slice(self.rows, self.rows + 1))
         self._decode.run_with_iobinding(binding)
 
@@ -261,9 +208,9 @@ class SequenceRuntime:
         """Where the decoder looked in ``source``, [T, S], having read the first 1, 2, ... T tokens of each of ``outputs``."""
         assert self._encode is not None
         assert self._align is not None
-        padded, lengths = _pad([source])
+        padded, lengths = pad([source])
         (cross,) = self._encode.run(None, {"source": padded, "last": lengths - 1, "total": np.array(len(source), np.int32)})
-        tokens, lengths = _pad(outputs)
+        tokens, lengths = pad(outputs)
         inputs = {"tokens": tokens, "last": lengths - 1, "total": np.array(tokens.shape[1], np.int32), "cross": cross}
         (weights,) = self._align.run(None, inputs)
         return [rows[:length] for rows, length in zip(weights, lengths.tolist(), strict=True)]
@@ -276,7 +223,7 @@ class SequenceRuntime:
         self._caches.move(source, target, length, longest_source)
         self._source_last[target] = self._source_last[source]
 
-    def _bind_step(self, begin: int, end: int, top_k: int, keep_logits: bool) -> ort.IOBinding:
+    def _bind_step(self, begin: int, end: int, top_k: int, keep_logits: bool) -> Binding:
         """The binding of a run over rows ``begin`` to ``end``, made once.
 
         Logits that nobody wants go to one place in every run, which so stays in the core's cache.
@@ -302,51 +249,19 @@ class SequenceRuntime:
         else:
             place = self._device_logits + first * self._logits_width * 4
             binding.bind_output("logits", self._device, 0, np.float32, (end - begin, self._logits_width), place)
-        _bind_arrays(binding, inputs, outputs)
+        bind_arrays(binding, inputs, outputs)
         self._bind_caches(binding, rows)
         self._steps[begin, end, top_k, keep_logits] = binding
         return binding
 
-    def _bind_caches(self, binding: ort.IOBinding, rows: slice) -> None:
+    def _bind_caches(self, binding: Binding, rows: slice) -> None:
         for bound in self._caches.views(rows):
             where = self._device, 0, bound.dtype.type, bound.shape, bound.pointer
             binding.bind_input(bound.name, *where)
             binding.bind_output(f"{bound.name}_out", *where)
 
 
-class EncodingRuntime:
-    """An encoder-only model: class probabilities and vectors."""
-
-    def __init__(self, graphs: Path, settings: SessionSettings, *, classes: int) -> None:
-        self._session = open_session(graphs / "encode.onnx", settings)
-        self.classes = classes
-
-    def encode(self, sources: Sequence[Sequence[int]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Class probabilities [B, C] (C = 0 without a classification head) and vectors [B, D]."""
-        padded, lengths = _pad(sources)
-        outputs = self._session.run(None, {"source": padded, "last": lengths - 1, "total": np.array(padded.shape[1], np.int32)})
-        probabilities = outputs[0] if self.classes else np.zeros((len(sources), 0), np.float32)
-        return probabilities, outputs[-1]
-
-
-def _pad(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """[B, S] padded with zeros, and lengths [B]."""
-    lengths = np.array([len(s) for s in sequences], np.int32)
-    padded = np.zeros((len(sequences), int(lengths.max())), np.int64)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return padded, lengths
-
-
-def _bind_arrays(binding: ort.IOBinding, inputs: Arrays, outputs: Arrays) -> None:
-    """Binds host arrays where they lie; the caller keeps them alive as long as the binding."""
-    for name, array in inputs.items():
-        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-    for name, array in outputs.items():
-        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def _cache_type(decode: ort.InferenceSession) -> str:
+def _cache_type(decode: Session) -> str:
     return next(_NUMBER_TYPES[value.type] for value in decode.get_inputs() if value.name == "self_key_0")
 
 

@@ -10,7 +10,9 @@ from model.tokenizer import Tokenizer
 from server.batch.encoding_engine import EncodingEngine
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import EncodingRuntime, SequenceRuntime, SessionSettings
+from server.device.encoding_runtime import EncodingRuntime
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.engines.engine_spec import EngineSpec
 from server.engines.stepper import Stepper
 from server.requests import Decoding, EncodingRequest, GenerationRequest

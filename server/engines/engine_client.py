@@ -47,7 +47,7 @@ class EngineClient(Protocol):
         """Returns when the engine is warm and can answer.
 
         Raises:
-            server.device.runtime.RuntimeUnavailable: when the device or the model cannot be brought up.
+            server.device.session.RuntimeUnavailable: when the device or the model cannot be brought up.
         """
 
     def submit(self, request: GenerationRequest | EncodingRequest) -> AsyncGenerator[Event, None]:

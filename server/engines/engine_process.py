@@ -15,7 +15,7 @@ import sys
 import zmq
 
 from export.bundle import BundleError
-from server.device.runtime import RuntimeUnavailable
+from server.device.session import RuntimeUnavailable
 from server.engines.build_engine import build_engine
 from server.engines.parent import die_with_parent
 from server.engines.stepper import Stepper, apply

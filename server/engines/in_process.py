@@ -69,7 +69,7 @@ class InProcessEngine:
         self._row_capacity = 0
 
     async def start(self) -> None:
-        """Raises whatever ``build`` raises (``server.device.runtime.RuntimeUnavailable``)."""
+        """Raises whatever ``build`` raises (``server.device.session.RuntimeUnavailable``)."""
         self._loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name=f"engine {self.name}", daemon=True)

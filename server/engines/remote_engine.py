@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from server.batch.step_stats import StepStats
-from server.device.runtime import RuntimeUnavailable
+from server.device.session import RuntimeUnavailable
 from server.engines.engine_client import EngineStatus, Loss
 from server.engines.engine_spec import EngineSpec
 from server.engines.in_flight import STOPPED, InFlight

@@ -18,7 +18,7 @@ from pathlib import Path
 from export.bundle import BundleError
 from server.call import Call
 from server.config import ConfigError
-from server.device.runtime import RuntimeUnavailable
+from server.device.session import RuntimeUnavailable
 from server.engines.engine_client import EngineClient
 from server.engines.engine_spec import EngineSpec
 from server.engines.loop_socket import LoopSocket

@@ -37,7 +37,8 @@ from model.decode import BOS, EOS, beam_search, greedy, score
 from model.transformer import Transformer
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.requests import Decoding, Finished, GenerationRequest
 from tests.bench.ctranslate2_peer import convert, ids, words
 from tests.bench.shapes import machine

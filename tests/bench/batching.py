@@ -28,7 +28,8 @@ from model.decode import BOS, EOS
 from server.batch.engine import Engine
 from server.batch.scheduler import Scheduler, Waiting
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.requests import Decoding, Finished, GenerationRequest
 from tests.bench.natural import natural_length, source_of
 from tests.bench.shapes import SHAPES, build_model, graphs, machine

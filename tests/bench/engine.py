@@ -25,7 +25,8 @@ from rich.table import Table
 from model.transformer import Transformer
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.requests import Decoding, GenerationRequest
 from tests.bench.shapes import LENGTHS, SHAPES, build_model, graphs, machine
 

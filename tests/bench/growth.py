@@ -30,7 +30,8 @@ from export.bundle import CACHE_TYPES
 from server.batch.sequence_model import SequenceShape
 from server.device.caches import CacheLayout
 from server.device.host_caches import HostCaches
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from tests.bench.natural import natural_model, source_of
 from tests.bench.shapes import LENGTHS, SHAPES, graphs, machine
 

@@ -15,7 +15,8 @@ from model.config import ModelConfig
 from model.decode import BOS, EOS
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.requests import Decoding, Finished, GenerationRequest
 from tests.bench.contender import Contender, Job, Outcome, Runner, Settings
 

@@ -14,7 +14,8 @@ from export.trace import trace
 from model.config import ModelConfig
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import RuntimeUnavailable, SequenceRuntime, SessionSettings, choose_device
+from server.device.runtime import SequenceRuntime
+from server.device.session import RuntimeUnavailable, SessionSettings, choose_device
 from tests import tiny
 from tests.server.batch.test_engine import FAMILIES, expected, random_request, run
 

@@ -11,7 +11,8 @@ from export.shortlist import restrict
 from model import decode as reference
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.edge.door import Door
 from server.requests import Decoding, DecodingOptions, Finished, GenerationRequest, InvalidRequest
 from tests import tiny

@@ -17,7 +17,8 @@ from server.batch import alignment
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
 from server.client import CallError, Options, StreamedGeneration, TransformerClient
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.edge.door import Door
 from server.engines.in_process import InProcessEngine
 from server.requests import (

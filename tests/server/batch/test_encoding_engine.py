@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from server.batch.encoding_engine import EncodingEngine
-from server.device.runtime import EncodingRuntime, SessionSettings
+from server.device.encoding_runtime import EncodingRuntime
+from server.device.session import SessionSettings
 from server.requests import Encoded, EncodingRequest, Failed, Failure
 from tests import tiny
 

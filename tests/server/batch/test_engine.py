@@ -13,7 +13,8 @@ from export.quantize import Int8Linear
 from model import decode as reference
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.requests import Decoding, Failed, Failure, Finished, FinishReason, GenerationRequest, Sampling, TokensReady
 from tests import tiny
 

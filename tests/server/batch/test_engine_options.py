@@ -12,7 +12,8 @@ from model import decode as reference
 from model.decoding_rules import Rules
 from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from server.requests import Adjustments, Finished, FinishReason, GenerationRequest, TokensReady
 from tests import tiny
 from tests.server.batch.test_engine import random_request, run

@@ -15,7 +15,8 @@ from server.batch.sequence_model import SequenceShape
 from server.device.caches import CacheLayout, Caches
 from server.device.device_caches import DeviceCaches
 from server.device.host_caches import HostArray, HostCaches, Room
-from server.device.runtime import SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import SessionSettings
 from tests import tiny
 from tests.server.batch.test_engine import FAMILIES, expected, random_request, run
 

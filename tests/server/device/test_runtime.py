@@ -14,8 +14,10 @@ from model.decode import BOS
 from model.transformer import Transformer
 from server.batch.kv_cache import Rows, RowTable
 from server.batch.sequence_model import SequenceShape
-from server.device import runtime as module
-from server.device.runtime import EncodingRuntime, RuntimeUnavailable, SequenceRuntime, SessionSettings, choose_device
+from server.device import session as module
+from server.device.encoding_runtime import EncodingRuntime
+from server.device.runtime import SequenceRuntime
+from server.device.session import RuntimeUnavailable, SessionSettings, choose_device
 from tests import tiny
 
 ROWS = 7

@@ -14,7 +14,8 @@ from model import decode as reference
 from server.batch.engine import Addressed, Engine
 from server.batch.sequence_model import SequenceShape
 from server.batch.step_stats import StepStats
-from server.device.runtime import RuntimeUnavailable, SequenceRuntime, SessionSettings
+from server.device.runtime import SequenceRuntime
+from server.device.session import RuntimeUnavailable, SessionSettings
 from server.engines.in_process import InProcessEngine
 from server.requests import Decoding, Event, Failed, Failure, Finished, GenerationRequest, TokensReady
 from tests import tiny

@@ -20,7 +20,7 @@ import pytest
 
 from export.bundle import open_bundle
 from server.batch.step_stats import StepStats
-from server.device.runtime import RuntimeUnavailable
+from server.device.session import RuntimeUnavailable
 from server.engines import kept_process
 from server.engines.build_engine import build_engine
 from server.engines.child_link import ChildLink
