@@ -35,8 +35,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "server.batch.scheduler": ("batch/test_scheduler", "batch/test_engine"),
     "server.engines.stepper": ("engines/test_in_process",),
     "server.engines.in_flight": ("engines/test_in_flight", "engines/test_in_process", "engines/test_remote_engine"),
-    "server.batch.kv_cache": ("batch/test_kv_cache", "batch/test_engine"),
-    "server.batch.engine": ("batch/test_engine", "batch/test_engine_options", "batch/test_streaming", "test_metrics"),
+    "server.batch.kv_cache": ("batch/test_kv_cache", "batch/test_steps", "batch/test_engine"),
+    "server.batch.engine": ("batch/test_steps", "batch/test_engine", "batch/test_engine_options"),
     "server.batch.groups": (
         "batch/test_groups",
         "batch/test_engine",
