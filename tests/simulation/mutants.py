@@ -36,7 +36,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "server.engines.stepper": ("engines/test_in_process",),
     "server.engines.in_flight": ("engines/test_in_flight", "engines/test_in_process", "engines/test_remote_engine"),
     "server.batch.kv_cache": ("batch/test_kv_cache", "batch/test_steps", "batch/test_engine"),
-    "server.batch.engine": ("batch/test_steps", "batch/test_engine", "batch/test_engine_options"),
+    "server.batch.engine": ("batch/test_steps", "batch/test_engine", "batch/test_engine_options", "batch/test_alignment"),
     "server.batch.groups": (
         "batch/test_groups",
         "batch/test_engine",
