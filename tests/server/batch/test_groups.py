@@ -46,6 +46,15 @@ def test_the_widest_group_decides_as_long_as_it_lives() -> None:
     assert table.most_candidates == 1
 
 
+def test_there_may_be_a_group_for_every_row() -> None:
+    table = GroupTable(capacity=4, longest=9)
+    for _ in range(2):
+        groups = [group for name in "abcd" for group in table.add(request(name, Decoding(max_tokens=9)))]
+        assert sorted(group.number for group in groups) == [0, 1, 2, 3]
+        for group in groups:
+            table.remove(group)
+
+
 def test_what_no_group_asks_for_costs_no_step_anything() -> None:
     table = GroupTable(capacity=16, longest=9)
     assert not table.any_greedy
