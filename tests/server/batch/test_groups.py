@@ -159,6 +159,10 @@ def test_under_a_groups_number_stands_what_it_asked_for_and_nothing_of_the_one_b
         (whole, everything),
         (request("a", Decoding(max_tokens=9)), plain),
         (request("a", Decoding(max_tokens=9, sampling=Sampling(seed=1))), plain | sampled),
+        (
+            request("a", Decoding(max_tokens=9, sampling=Sampling(seed=1, top_k=1))),
+            plain | sampled | {"top_k": 1, "needs_all_logits": False},
+        ),
         (whole, everything),
         (request("a", Decoding(max_tokens=9, beams=2, required_phrases=((5,),))), plain | searched),
         (request("a", Decoding(max_tokens=9, alternatives=1)), plain | {"alternative": 0}),
