@@ -172,6 +172,22 @@ async def test_a_request_wider_than_its_tenants_rows_goes_alone() -> None:
     assert await asyncio.gather(*tasks) == [[DONE]] * 2
 
 
+async def test_who_would_fit_does_not_overtake_others_of_its_tenant() -> None:
+    engine = Rows(16)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=4)}))
+    tasks = []
+    with call("batch"):
+        for name, beams in [("b0", 2), ("wide", 4), ("narrow", 1)]:
+            tasks.append(asyncio.create_task(collect(room, name, beams)))
+            await settle()
+    assert names(engine) == ["b0"]
+    for name in ("b0", "wide", "narrow"):
+        engine.let_go(name)
+        await settle()
+    assert names(engine) == ["b0", "wide", "narrow"]
+    assert await asyncio.gather(*tasks) == [[DONE]] * 3
+
+
 async def test_a_text_that_is_only_read_takes_one_row() -> None:
     engine = Rows(8)
     room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=2)}))
@@ -279,6 +295,13 @@ async def test_who_leaves_just_as_the_turn_comes_gives_it_to_the_next() -> None:
     assert names(engine) == ["first", "ahead", "last"]
     engine.let_go("ahead", "last")
     await asyncio.gather(*tasks, return_exceptions=True)
+    more = enter(room, "r0", "r1", "r2", "r3")
+    await settle()
+    assert names(engine)[3:] == ["r0", "r1"], "no more than ever"
+    for name in ("r0", "r1", "r2", "r3"):
+        engine.let_go(name)
+        await settle()
+    assert await asyncio.gather(*more) == [[DONE]] * 4
     async with asyncio.timeout(0.5):
         await room.drain(5)
 
@@ -333,6 +356,49 @@ async def test_texts_that_are_only_read_cost_their_tenant_their_length() -> None
         await settle()
     assert await asyncio.gather(*first, *tasks) == [[DONE]] * 10
     assert names(engine)[2:] == ["long0", "short0", "short1", "short2", "long1", "short3", "long2", "long3"]
+
+
+async def test_texts_that_are_written_cost_their_tenant_input_and_output() -> None:
+    """3 and 5 tokens against 3 and 29: four turns for one."""
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"long": Tenant(), "short": Tenant()}))
+    first = enter(room, "r0", "r1")
+    await settle()
+
+    async def write(name: str, tokens: int) -> list[Event]:
+        written = replace(request(name), decoding=Decoding(max_tokens=tokens))
+        async with aclosing(room.submit(written)) as events:
+            return [event async for event in events]
+
+    tasks = []
+    for tenant, tokens in [("long", 29), ("short", 5)]:
+        with call(tenant):
+            tasks += [asyncio.create_task(write(f"{tenant}{n}", tokens)) for n in range(5)]
+    await settle()
+    while engine.gates:
+        engine.let_go(*list(engine.gates))
+        await settle()
+    assert await asyncio.gather(*first, *tasks) == [[DONE]] * 12
+    assert names(engine)[2:9] == ["long0", "short0", "short1", "short2", "short3", "long1", "short4"]
+
+
+async def test_where_one_row_serves_no_turn_comes_before_all_others_have_had_their_time() -> None:
+    now = 0.0
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    tasks = enter(room, *(f"r{n}" for n in range(23)))
+    for n in range(20):  # one a second
+        await settle()
+        now += 1.0
+        engine.let_go(f"r{n}")
+    await settle()
+    with call():
+        assert 3.0 <= room.forecast.wait < 5.0, "one has just begun, and two are ahead"
+        now += 20.0
+        assert room.forecast.wait == pytest.approx(2.0, rel=0.05), "late as that one is, two others are to be served"
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_a_call_that_would_be_late_is_refused_and_another_tenants_is_not() -> None:
@@ -405,12 +471,15 @@ async def test_little_time_is_left_to_the_engine_while_nothing_is_known() -> Non
     tasks = enter(room, "r0", "r1")
     with call(seconds=0.5):
         tasks.append(asyncio.create_task(collect(room, "hurried")))
-    tasks += enter(room, "r2")
+    tasks += enter(room, "r2", "r3")
     await settle()
-    for name in ("r0", "r1", "hurried", "r2"):
+    for task in tasks[:2]:  # who leaves without an answer says nothing of how long one takes
+        task.cancel()
+    await settle()
+    for name in ("hurried", "r2", "r3"):
         engine.let_go(name)
         await settle()
-    assert await asyncio.gather(*tasks) == [[DONE]] * 4
+    assert await asyncio.gather(*tasks[2:]) == [[DONE]] * 3
 
 
 async def test_little_time_may_be_enough_where_nobody_else_waits() -> None:
