@@ -84,3 +84,8 @@ async def test_what_the_engine_does_not_work_on_yet_waits_with_its_tokens() -> N
     assert books.waiting_tokens == 2, "nothing is left of those before"
     books.fail_all(STOPPED)
     assert await last == [STOPPED]
+
+
+async def test_a_drain_of_nothing_takes_no_time() -> None:
+    async with asyncio.timeout(0.5):
+        await InFlight().drain(5)
