@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -336,50 +336,39 @@ async def test_what_is_asked_outside_of_a_call_is_not_urgent() -> None:
     assert await asyncio.gather(*tasks) == [[DONE]] * 4
 
 
-async def test_texts_that_are_only_read_cost_their_tenant_their_length() -> None:
+async def turns(make: Callable[[str, int], Request], long: int, short: int, each: int) -> list[str]:
+    """Who comes when, where one row serves two tenants with ``each`` requests of so many tokens."""
     engine = Rows(1)
     room = WaitingRoom(engine, AdmissionLimits(tenants={"long": Tenant(), "short": Tenant()}))
-    first = enter(room, "r0", "r1")
+    tasks = enter(room, "r0", "r1")
     await settle()
 
-    async def read(name: str, tokens: int) -> list[Event]:
-        async with aclosing(room.submit(EncodingRequest(id=name, input_ids=(5,) * tokens))) as events:
+    async def ask(name: str, tokens: int) -> list[Event]:
+        async with aclosing(room.submit(make(name, tokens))) as events:
             return [event async for event in events]
 
-    tasks = []
-    for tenant, tokens in [("long", 30), ("short", 10)]:
+    for tenant, tokens in [("long", long), ("short", short)]:
         with call(tenant):
-            tasks += [asyncio.create_task(read(f"{tenant}{n}", tokens)) for n in range(4)]
+            tasks += [asyncio.create_task(ask(f"{tenant}{n}", tokens)) for n in range(each)]
     await settle()
     while engine.gates:
         engine.let_go(*list(engine.gates))
         await settle()
-    assert await asyncio.gather(*first, *tasks) == [[DONE]] * 10
-    assert names(engine)[2:] == ["long0", "short0", "short1", "short2", "long1", "short3", "long2", "long3"]
+    assert await asyncio.gather(*tasks) == [[DONE]] * (2 + 2 * each)
+    return names(engine)[2:]
+
+
+async def test_texts_that_are_only_read_cost_their_tenant_their_length() -> None:
+    order = await turns(lambda name, tokens: EncodingRequest(id=name, input_ids=(5,) * tokens), long=30, short=10, each=4)
+    assert order == ["long0", "short0", "short1", "short2", "long1", "short3", "long2", "long3"]
 
 
 async def test_texts_that_are_written_cost_their_tenant_input_and_output() -> None:
-    """3 and 5 tokens against 3 and 29: four turns for one."""
-    engine = Rows(1)
-    room = WaitingRoom(engine, AdmissionLimits(tenants={"long": Tenant(), "short": Tenant()}))
-    first = enter(room, "r0", "r1")
-    await settle()
-
-    async def write(name: str, tokens: int) -> list[Event]:
-        written = replace(request(name), decoding=Decoding(max_tokens=tokens))
-        async with aclosing(room.submit(written)) as events:
-            return [event async for event in events]
-
-    tasks = []
-    for tenant, tokens in [("long", 29), ("short", 5)]:
-        with call(tenant):
-            tasks += [asyncio.create_task(write(f"{tenant}{n}", tokens)) for n in range(5)]
-    await settle()
-    while engine.gates:
-        engine.let_go(*list(engine.gates))
-        await settle()
-    assert await asyncio.gather(*first, *tasks) == [[DONE]] * 12
-    assert names(engine)[2:9] == ["long0", "short0", "short1", "short2", "short3", "long1", "short4"]
+    """3 and 29 tokens against 3 and 5: four turns for one."""
+    order = await turns(
+        lambda name, tokens: replace(request(name), decoding=Decoding(max_tokens=tokens)), long=29, short=5, each=5
+    )
+    assert order[:7] == ["long0", "short0", "short1", "short2", "short3", "long1", "short4"]
 
 
 async def test_where_one_row_serves_no_turn_comes_before_all_others_have_had_their_time() -> None:
