@@ -3,83 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
-from server.call import Call, current_call
 from server.engines.engine_client import EngineStatus
 from server.engines.in_flight import NOT_RUNNING, SHUTTING_DOWN
-from server.requests import Decoding, EncodingRequest, Event, Failed, Finished, GenerationRequest
-from server.waiting.admission import AdmissionLimits, Refused, Tenant
-from server.waiting.waiting_room import TOO_LATE, WaitingRoom
-from tests.server.fake_engine import FakeEngine, Request, Step, hypothesis
-
-DONE = Finished((hypothesis((5, 2)),))
-
-
-class Rows(FakeEngine):
-    """Has so many rows; a request holds ``each`` of them until it is let go. Answers in the order in which they are let go."""
-
-    def __init__(self, rows: int, each: int = 1) -> None:
-        super().__init__(self.hold)
-        self.rows, self.each = rows, each
-        self.gates: dict[str, asyncio.Event] = {}
-
-    def hold(self, request: Request) -> Iterator[Step]:
-        self.gates[request.id] = asyncio.Event()
-        yield self.gates[request.id]
-        yield DONE if self.alive else NOT_RUNNING
-
-    def let_go(self, *names: str) -> None:
-        for name in names:
-            self.gates.pop(name).set()
-
-    @property
-    def status(self) -> EngineStatus:
-        running = min(self.live, self.rows // self.each)
-        return EngineStatus(
-            alive=self.alive,
-            live_rows=running * self.each,
-            live_requests=running,
-            row_capacity=self.rows,
-            waiting_requests=self.live - running,
-            waiting_tokens=0,
-        )
-
-
-@contextmanager
-def call(tenant: str = "", priority: int = 0, seconds: float = 60.0) -> Iterator[None]:
-    token = current_call.set(Call("Generate", "id", tenant=tenant, priority=priority, longest_seconds=seconds))
-    try:
-        yield
-    finally:
-        current_call.reset(token)
-
-
-def request(name: str, beams: int = 1) -> GenerationRequest:
-    return GenerationRequest(id=name, input_ids=(5, 6, 2), decoding=Decoding(max_tokens=5, beams=beams))
-
-
-async def collect(room: WaitingRoom, name: str, beams: int = 1) -> list[Event]:
-    async with asyncio.timeout(10), aclosing(room.submit(request(name, beams))) as events:
-        return [event async for event in events]
-
-
-def enter(room: WaitingRoom, *names: str, tenant: str = "", priority: int = 0) -> list[asyncio.Task[list[Event]]]:
-    with call(tenant, priority):
-        return [asyncio.create_task(collect(room, name)) for name in names]
-
-
-async def settle() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
-def names(engine: Rows) -> list[str]:
-    return [one.id for one in engine.submitted]
+from server.requests import Decoding, EncodingRequest, Event, Failed
+from server.waiting.admission import AdmissionLimits, Tenant
+from server.waiting.waiting_room import WaitingRoom
+from tests.server.fake_engine import Request
+from tests.server.waiting.rooms import DONE, Rows, call, collect, enter, leave, names, request, settle
 
 
 async def test_the_engine_gets_what_it_has_rows_for_and_a_little_more() -> None:
@@ -97,32 +33,6 @@ async def test_the_engine_gets_what_it_has_rows_for_and_a_little_more() -> None:
         await settle()
     assert await asyncio.gather(*tasks) == [[DONE]] * 30
     assert (room.status.waiting_requests, room.status.waiting_tokens, engine.live) == (0, 0, 0)
-
-
-async def test_a_queue_full_of_tokens_refuses_before_any_work_is_done() -> None:
-    limit = AdmissionLimits(max_waiting_tokens=58)
-    for waiting, refused in [(30, True), (29, False)]:  # 10 reach the engine, the others wait with 3 tokens each
-        engine = Rows(8)
-        room = WaitingRoom(engine, limit)
-        tasks = enter(room, *(f"r{n}" for n in range(waiting)))
-        await settle()
-        with call(), pytest.raises(Refused) if refused else nullcontext():
-            room.check()
-        for task in tasks:
-            task.cancel()
-        await settle()
-
-
-async def test_where_one_more_may_wait_one_more_is_not_refused() -> None:
-    for most, refused in [(20, True), (21, False)]:
-        room = WaitingRoom(Rows(8), AdmissionLimits(max_waiting_requests=most))
-        tasks = enter(room, *(f"r{n}" for n in range(28)))  # 8 run
-        await settle()
-        with call(), pytest.raises(Refused) if refused else nullcontext():
-            room.check()
-        for task in tasks:
-            task.cancel()
-        await settle()
 
 
 async def test_wide_requests_are_not_piled_up_in_the_engine_where_no_share_counts() -> None:
@@ -200,9 +110,7 @@ async def test_a_text_that_is_only_read_takes_one_row() -> None:
         tasks = [asyncio.create_task(read(name)) for name in ("e0", "e1", "e2")]
     await settle()
     assert names(engine) == ["e0", "e1"]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await leave(tasks)
 
 
 async def test_what_the_engine_has_not_said_yet_is_taken_to_be_as_wide_as_the_rest() -> None:
@@ -219,52 +127,7 @@ async def test_what_the_engine_has_not_said_yet_is_taken_to_be_as_wide_as_the_re
     tasks = enter(room, *(f"r{n}" for n in range(20)))
     await settle()
     assert len(engine.submitted) == 1 + (12 + 4) // 4
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def test_the_wait_of_a_tenant_with_few_rows_is_its_own() -> None:
-    """Two rows, half a second each: of what the engine could do besides, this tenant gets nothing."""
-    now = 0.0
-    engine = Rows(100)
-    room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=2)}), clock=lambda: now)
-    tasks = enter(room, *(f"b{n}" for n in range(30)), tenant="batch")
-    for first in range(0, 20, 2):
-        await settle()
-        now += 0.5
-        engine.let_go(f"b{first}", f"b{first + 1}")
-    await settle()
-    with call("batch"):
-        assert room.forecast.wait == pytest.approx(5 * 0.5, rel=0.2), "two have just begun, and eight are ahead"
-        assert room.forecast.per_second == pytest.approx(4.0, rel=0.2)
-    with call(""):
-        assert room.forecast.wait == 0.0
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@pytest.mark.parametrize(("most", "per_second"), [(1, 2.0), (4, 8.0)])
-async def test_a_tenant_can_expect_all_the_rows_that_it_may_hold(most: int, per_second: float) -> None:
-    """It holds one; each takes half a second."""
-    now = 0.0
-    engine = Rows(4)
-    limits = AdmissionLimits(tenants={"batch": Tenant(max_rows=most), "search": Tenant()})
-    room = WaitingRoom(engine, limits, clock=lambda: now)
-    tasks = enter(room, *(f"s{n}" for n in range(5)), tenant="search")
-    await settle()
-    tasks += enter(room, "b0", "b1", tenant="batch")
-    await settle()
-    now += 0.5
-    engine.let_go("s0")
-    await settle()
-    assert names(engine)[5:] == ["b0"]
-    with call("batch"):
-        assert room.forecast.per_second == per_second
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await leave(tasks)
 
 
 async def test_who_leaves_while_waiting_never_reaches_the_engine() -> None:
@@ -317,9 +180,7 @@ async def test_tenants_take_turns_and_urgent_calls_go_first() -> None:
     engine.let_go("a0", "a1", "a2", "a3", "a4")
     await settle()
     assert names(engine)[5:] == ["urgent", "a5", "b0", "a6", "b1"]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await leave(tasks)
 
 
 async def test_what_is_asked_outside_of_a_call_is_not_urgent() -> None:
@@ -369,122 +230,6 @@ async def test_texts_that_are_written_cost_their_tenant_input_and_output() -> No
         lambda name, tokens: replace(request(name), decoding=Decoding(max_tokens=tokens)), long=29, short=5, each=5
     )
     assert order[:7] == ["long0", "short0", "short1", "short2", "short3", "long1", "short4"]
-
-
-async def test_where_one_row_serves_no_turn_comes_before_all_others_have_had_their_time() -> None:
-    now = 0.0
-    engine = Rows(1)
-    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
-    tasks = enter(room, *(f"r{n}" for n in range(23)))
-    for n in range(20):  # one a second
-        await settle()
-        now += 1.0
-        engine.let_go(f"r{n}")
-    await settle()
-    with call():
-        assert 3.0 <= room.forecast.wait < 5.0, "one has just begun, and two are ahead"
-        now += 20.0
-        assert room.forecast.wait == pytest.approx(2.0, rel=0.05), "late as that one is, two others are to be served"
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def test_a_call_that_would_be_late_is_refused_and_another_tenants_is_not() -> None:
-    now = 0.0
-    engine = Rows(1)
-    room = WaitingRoom(engine, AdmissionLimits(tenants={"a": Tenant(), "b": Tenant()}), clock=lambda: now)
-    tasks = enter(room, *(f"a{n}" for n in range(40)), tenant="a")
-    await settle()
-    for n in range(20):  # one a second
-        now += 1.0
-        engine.let_go(f"a{n}")
-        await settle()
-    with call("a"):
-        assert room.forecast.per_second == pytest.approx(1.0, rel=0.05)
-    with call("a", seconds=10.0), pytest.raises(Refused, match="the answer would take about"), room.admit([request("x")]):
-        pass
-    with call("b", seconds=10.0), room.admit([request("x")]):
-        pass
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def test_after_a_burst_nobodys_turn_comes_before_it_ends() -> None:
-    now = 0.0
-    engine = Rows(10)
-    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
-    tasks = enter(room, *(f"r{n}" for n in range(40)))
-    for wave in range(3):  # ten begin together, and end together after a second
-        await settle()
-        now += 1.0
-        engine.let_go(*(f"r{n}" for n in range(10 * wave, 10 * wave + 10)))
-    await settle()
-    tasks += enter(room, *(f"s{n}" for n in range(6)))
-    await settle()
-    now += 0.1
-    with call():
-        forecast = room.forecast
-        assert forecast.per_second is not None
-        assert 6 / forecast.per_second < 0.6 < 0.9 <= forecast.wait < 1.3, "six ahead, ten in a second: but all have just begun"
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
-    now = 0.0
-    engine = Rows(1)
-    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
-    (first,) = enter(room, "first")
-    await settle()
-    now += 3.0
-    engine.let_go("first")
-    assert await first == [DONE]
-    tasks = enter(room, "r0", "r1")
-    with call(seconds=2.0):
-        tasks.append(asyncio.create_task(collect(room, "hurried")))
-    tasks += enter(room, "r2")
-    await settle()
-    for name in ("r0", "r1", "r2"):
-        engine.let_go(name)
-        await settle()
-    assert await asyncio.gather(*tasks) == [[DONE], [DONE], [TOO_LATE], [DONE]]
-    assert "hurried" not in names(engine)
-
-
-async def test_little_time_is_left_to_the_engine_while_nothing_is_known() -> None:
-    engine = Rows(1)
-    room = WaitingRoom(engine, AdmissionLimits())
-    tasks = enter(room, "r0", "r1")
-    with call(seconds=0.5):
-        tasks.append(asyncio.create_task(collect(room, "hurried")))
-    tasks += enter(room, "r2", "r3")
-    await settle()
-    for task in tasks[:2]:  # who leaves without an answer says nothing of how long one takes
-        task.cancel()
-    await settle()
-    for name in ("hurried", "r2", "r3"):
-        engine.let_go(name)
-        await settle()
-    assert await asyncio.gather(*tasks[2:]) == [[DONE]] * 3
-
-
-async def test_little_time_may_be_enough_where_nobody_else_waits() -> None:
-    now = 0.0
-    engine = Rows(1)
-    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
-    (first,) = enter(room, "first")
-    await settle()
-    now += 3.0
-    engine.let_go("first")
-    assert await first == [DONE]
-    with call(seconds=2.0):
-        hurried = asyncio.create_task(collect(room, "hurried"))
-    await settle()
-    engine.let_go("hurried")
-    assert await hurried == [DONE]
 
 
 async def test_who_listens_hears_of_the_engine() -> None:

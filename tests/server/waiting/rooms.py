@@ -1,0 +1,84 @@
+"""What tests of the waiting room share: an engine with rows that are let go by name, callers, and turns of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+
+from server.call import Call, current_call
+from server.engines.engine_client import EngineStatus
+from server.engines.in_flight import NOT_RUNNING
+from server.requests import Decoding, Event, Finished, GenerationRequest
+from server.waiting.waiting_room import WaitingRoom
+from tests.server.fake_engine import FakeEngine, Request, Step, hypothesis
+
+DONE = Finished((hypothesis((5, 2)),))
+
+
+class Rows(FakeEngine):
+    """Has so many rows; a request holds ``each`` of them until it is let go. Answers in the order in which they are let go."""
+
+    def __init__(self, rows: int, each: int = 1) -> None:
+        super().__init__(self.hold)
+        self.rows, self.each = rows, each
+        self.gates: dict[str, asyncio.Event] = {}
+
+    def hold(self, request: Request) -> Iterator[Step]:
+        self.gates[request.id] = asyncio.Event()
+        yield self.gates[request.id]
+        yield DONE if self.alive else NOT_RUNNING
+
+    def let_go(self, *names: str) -> None:
+        for name in names:
+            self.gates.pop(name).set()
+
+    @property
+    def status(self) -> EngineStatus:
+        running = min(self.live, self.rows // self.each)
+        return EngineStatus(
+            alive=self.alive,
+            live_rows=running * self.each,
+            live_requests=running,
+            row_capacity=self.rows,
+            waiting_requests=self.live - running,
+            waiting_tokens=0,
+        )
+
+
+@contextmanager
+def call(tenant: str = "", priority: int = 0, seconds: float = 60.0) -> Iterator[None]:
+    token = current_call.set(Call("Generate", "id", tenant=tenant, priority=priority, longest_seconds=seconds))
+    try:
+        yield
+    finally:
+        current_call.reset(token)
+
+
+def request(name: str, beams: int = 1) -> GenerationRequest:
+    return GenerationRequest(id=name, input_ids=(5, 6, 2), decoding=Decoding(max_tokens=5, beams=beams))
+
+
+async def collect(room: WaitingRoom, name: str, beams: int = 1) -> list[Event]:
+    async with asyncio.timeout(10), aclosing(room.submit(request(name, beams))) as events:
+        return [event async for event in events]
+
+
+def enter(room: WaitingRoom, *names: str, tenant: str = "", priority: int = 0) -> list[asyncio.Task[list[Event]]]:
+    with call(tenant, priority):
+        return [asyncio.create_task(collect(room, name)) for name in names]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def names(engine: Rows) -> list[str]:
+    return [one.id for one in engine.submitted]
+
+
+async def leave(tasks: list[asyncio.Task[list[Event]]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
