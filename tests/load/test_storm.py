@@ -13,6 +13,7 @@ from server.engines.stepper import Request
 from server.requests import Decoding, GenerationRequest, TokensReady
 from tests.load.observed_engine import ObservedStepper
 from tests.load.storm import Left, Report, storm
+from tests.server.step_stats import stats_of
 
 
 @pytest.mark.parametrize("place", list(EnginePlace))
@@ -37,11 +38,7 @@ class Deaf:
     def cancel(self, request_id: str) -> None: ...
 
     def step(self) -> tuple[list[Addressed], StepStats]:
-        counts = dict.fromkeys(["rows", "new_tokens", "encoded_requests", "encoded_tokens", "live_requests", "live_rows"], 0)
-        stats = StepStats(
-            seconds=0, runtime_seconds=0, row_capacity=8, waiting_requests=0, waiting_tokens=0, queue_seconds=(), **counts
-        )
-        return [("a", TokensReady(0, (5,), (-0.5,)))], stats
+        return [("a", TokensReady(0, (5,), (-0.5,)))], stats_of(0)
 
 
 def test_an_engine_that_goes_on_is_found() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
-from server.batch.step_stats import StepStats
 from server.engines.in_flight import STOPPED, InFlight
 from server.requests import Decoding, Event, Finished, GenerationRequest
 from tests.server.fake_engine import hypothesis
+from tests.server.step_stats import stats_of
 
 DONE = Finished((hypothesis((5, 2)),))
 
@@ -20,23 +20,6 @@ def enter(books: InFlight, *names: str) -> list[asyncio.Task[list[Event]]]:
             return [event async for event in events]
 
     return [asyncio.create_task(run(name)) for name in names]
-
-
-def stats(live: int) -> StepStats:
-    return StepStats(
-        seconds=0.1,
-        runtime_seconds=0.1,
-        rows=live,
-        new_tokens=live,
-        encoded_requests=0,
-        encoded_tokens=0,
-        live_requests=live,
-        live_rows=live,
-        row_capacity=4,
-        waiting_requests=0,
-        waiting_tokens=0,
-        queue_seconds=(),
-    )
 
 
 async def test_who_listens_hears_when_everything_under_way_has_failed() -> None:
@@ -57,9 +40,9 @@ async def test_who_listens_hears_of_every_step_when_it_is_in_the_books() -> None
     books.listeners.append(lambda: heard.append((books.unanswered, books.live_rows)))
     tasks = enter(books, "a", "b", "c")
     await asyncio.sleep(0)
-    books.deliver([], stats(2))
-    books.deliver([("a", DONE)], stats(2))
-    books.deliver([("b", DONE), ("c", DONE)], stats(0))
+    books.deliver([], stats_of(2))
+    books.deliver([("a", DONE)], stats_of(2))
+    books.deliver([("b", DONE), ("c", DONE)], stats_of(0))
     assert heard == [(3, 2), (2, 2), (0, 0)]
     assert await asyncio.gather(*tasks) == [[DONE]] * 3
 
@@ -70,11 +53,11 @@ async def test_what_the_engine_does_not_work_on_yet_waits_with_its_tokens() -> N
     tasks = enter(books, "a", "b")
     await asyncio.sleep(0)
     assert (books.waiting_requests, books.waiting_tokens) == (2, 4)
-    books.deliver([], stats(1))
+    books.deliver([], stats_of(1))
     assert (books.waiting_requests, books.waiting_tokens) == (1, 2)
     tasks[0].cancel()
     await asyncio.gather(tasks[0], return_exceptions=True)
-    books.deliver([], stats(0))
+    books.deliver([], stats_of(0))
     assert (books.unanswered, books.waiting_requests, books.waiting_tokens) == (1, 1, 2)
     books.fail_all(STOPPED)
     assert await tasks[1] == [STOPPED]

@@ -19,6 +19,7 @@ from server.device.session import RuntimeUnavailable, SessionSettings
 from server.engines.in_process import InProcessEngine
 from server.requests import Decoding, Event, Failed, Failure, Finished, GenerationRequest, TokensReady
 from tests import tiny
+from tests.server.step_stats import stats_of
 
 SHUTTING_DOWN = Failed(Failure.SHUTTING_DOWN, "the server is shutting down")
 DIED = Failed(Failure.ENGINE, "the engine stopped while it worked on this request")
@@ -26,23 +27,6 @@ DIED = Failed(Failure.ENGINE, "the engine stopped while it worked on this reques
 
 def request(name: str, tokens: int = 3) -> GenerationRequest:
     return GenerationRequest(id=name, input_ids=(5, 6, 7), decoding=Decoding(max_tokens=tokens))
-
-
-def stats_of(live: int) -> StepStats:
-    return StepStats(
-        seconds=0.0,
-        runtime_seconds=0.0,
-        rows=live,
-        new_tokens=live,
-        encoded_requests=0,
-        encoded_tokens=0,
-        live_requests=live,
-        live_rows=live,
-        row_capacity=8,
-        waiting_requests=0,
-        waiting_tokens=0,
-        queue_seconds=(),
-    )
 
 
 class Countdown:
