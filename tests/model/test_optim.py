@@ -43,6 +43,28 @@ def test_muon_is_for_the_matrices_inside_the_layers_alone() -> None:
     assert len(inside) + len(classifier) + len(free) == len(names)
 
 
+def test_a_step_is_muons_on_matrices_inside_and_adamws_on_all_else() -> None:
+    """Muon's step goes equally far in each direction that the gradient has: no direction dominates, as one does in AdamW's."""
+    training = replace(RECIPE.training, optimizer="muon", learning_rate=1e-3, weight_decay=0.0)
+    torch.manual_seed(1)
+    model, beside = (Transformer(RECIPE.model_config(70)) for _ in range(2))
+    beside.load_state_dict(model.state_dict())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens = torch.randint(70, (2, 8))
+    for one, name in ((model, "muon"), (beside, "adamw")):
+        one.logits(one.features(tokens)).square().mean().backward()
+        make_optimizer(one, replace(training, optimizer=name)).step()
+    for (name, ours), adamws in zip(model.named_parameters(), beside.parameters(), strict=True):
+        if ours.dim() < 2 or ".layers." not in name:
+            assert torch.equal(ours, adamws), name
+            continue
+        size = 0.2 * max(ours.shape) ** 0.5 * 1e-3
+        farthest, adamws_farthest = (
+            float(torch.linalg.matrix_norm(p.detach() - before[name], 2)) / size for p in (ours, adamws)
+        )
+        assert 0.7 < farthest < 1.3 < 5.0 < adamws_farthest, name
+
+
 def test_muon_goes_on_from_a_checkpoint_to_the_bit() -> None:
     """The loss is the mean of squared logits, so that there is something to learn."""
     training = replace(RECIPE.training, optimizer="muon", learning_rate=1e-3)
