@@ -14,49 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export import bundle as module
-from export.bundle import FORMAT_VERSION, BundleError, Manifest, describe_files, digest, graph_hashes, open_bundle, write_bundle
-
-FILES = {"tokenizer.json": b"{}", "fp32/decode.onnx": b"decode" * 50, "fp32/encode.onnx": b"encode" * 50}
-CERTIFICATE: dict[str, Any] = {
-    "passed": True,
-    "thresholds": {
-        "max_logit_difference": 1e-4,
-        "identical_tokens": 0.999,
-        "metric_loss": 0.1,
-        "shortlist_loss": 0.1,
-        "max_weight_difference": 0.1,
-    },
-    "stages": [{"stage": "onnx fp32", "max_logit_difference": 1e-6, "identical_tokens": 1.0}],
-    "metric": {"name": "bleu", "loss": 0.0},
-    "shortlist": {},
-    "alignment": {},
-}
-
-
-def fill(folder: Path) -> Manifest:
-    for name, content in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-    files = describe_files(folder)
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        name="tiny",
-        parameters=12,
-        model={"family": "encoder_decoder"},
-        task={"name": "tiny"},
-        generation={"beams": 1},
-        limits={"max_input_tokens": 9},
-        precisions=["fp32"],
-        provenance={},
-        certificate={"fp32": CERTIFICATE | {"graphs": graph_hashes(files, "fp32")}},
-        files=files,
-    )
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    write_bundle(tmp_path / "bundle", fill)
-    return tmp_path / "bundle"
+from export.bundle import BundleError, Manifest, describe_files, digest, open_bundle, write_bundle
+from tests.export.small_bundle import CERTIFICATE, FILES, fill
 
 
 def change_manifest(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -341,60 +300,3 @@ def test_a_certificate_of_other_graphs_is_refused(root: Path) -> None:
     assert refusal(root) == f"{root}/manifest.json: the parity certificate of fp32 is of other graphs"
     change_manifest(root, lambda values: values["certificate"]["fp32"].pop("graphs"))
     assert refusal(root) == f"{root}/manifest.json: the parity certificate of fp32 is of other graphs"
-
-
-# Writing
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_nothing_is_replaced_without_force(root: Path) -> None:
-    before = content_of(root)
-    with pytest.raises(BundleError, match=r"bundle: exists already \(--force replaces it\)"):
-        write_bundle(root, fill)
-    assert content_of(root) == before
-    (root / "tokenizer.json").write_text("spoiled")
-    write_bundle(root, fill, force=True)
-    assert content_of(root) == before
-    assert list(root.parent.iterdir()) == [root]
-
-
-def test_force_replaces_bundles_alone(tmp_path: Path, root: Path) -> None:
-    precious = tmp_path / "home"
-    precious.mkdir()
-    (precious / "thesis.txt").touch()
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(root)
-    for target in (precious, tmp_path / "file", tmp_path / "link"):
-        with pytest.raises(BundleError, match="exists and is not a bundle; not replaced"):
-            write_bundle(target, fill, force=True)
-    assert (precious / "thesis.txt").exists()
-    assert (tmp_path / "link").is_symlink()
-
-
-@pytest.mark.parametrize("error", [RuntimeError("full disk"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_a_crash_leaves_nothing_behind(root: Path, error: BaseException) -> None:
-    def crash(folder: Path) -> Manifest:
-        fill(folder)
-        raise error
-
-    before = content_of(root.parent)
-    for target, force in ((root.parent / "new", False), (root, True)):
-        with pytest.raises(type(error)):
-            write_bundle(target, crash, force=force)
-        assert content_of(root.parent) == before
-    assert list(root.parent.iterdir()) == [root]
-
-
-def test_a_half_written_bundle_is_never_seen(root: Path) -> None:
-    def look(folder: Path) -> Manifest:
-        assert folder.parent == root.parent  # one file system, so that it moves in one step
-        assert open_bundle(root)
-        with pytest.raises(BundleError):
-            open_bundle(folder)
-        return fill(folder)
-
-    write_bundle(root, look, force=True)
-    assert open_bundle(root)
