@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import grpc
 
 from tests.load.fuzz.calls import Canary, Strange, generator, send_all
-from tests.load.fuzz.frames import ABUSES, Line
+from tests.load.fuzz.frames import ABUSES
+from tests.load.fuzz.line import Line
 from tests.load.memory import GRPC_BYTES, MOST_BYTES, WARM_BYTES
 from tests.load.running import Resting, ServerProcess, anonymous_bytes
 
