@@ -153,23 +153,6 @@ def test_steps_account_for_every_request_and_token(family: str) -> None:
     assert (stats.live_rows, stats.live_requests, stats.waiting_requests, stats.waiting_tokens) == (0, 0, 0, 0)
 
 
-def test_a_caller_who_leaves_while_its_prompt_is_read_costs_nothing_more() -> None:
-    running = engine("decoder_only", join_tokens=4)
-    long = GenerationRequest(id="left", input_ids=tuple(range(4, 24)), decoding=Decoding(max_tokens=4))
-    other = replace(long, id="stays", input_ids=(7, 8, 9))
-    running.submit(long)
-    events, stats = running.step()
-    assert (events, stats.encoded_tokens, stats.waiting_requests) == ([], 4, 1)
-    running.submit(other)
-    running.cancel("left")
-    events, stats = running.step()
-    assert (stats.encoded_tokens, stats.encoded_requests, stats.waiting_requests) == (2, 1, 0), (
-        "the other's prompt, and no more"
-    )
-    running.cancel("stays")
-    assert not running.has_work
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_greedy_requests_alone_gives_what_the_reference_decoder_gives(family: str) -> None:
     rng = random.Random(7)
@@ -255,17 +238,6 @@ def test_a_scale_taken_from_the_batch_would_be_noticed(monkeypatch: pytest.Monke
     together = run(running, requests, rng)
     alone = {request.id: run(running, [request], rng)[request.id] for request in requests}
     assert any(alone[r.id][-1] != together[r.id][-1] for r in requests)
-
-
-def test_what_was_computed_for_a_cancelled_request_is_counted_once() -> None:
-    running = engine("encoder_decoder", rows=4)
-    decoding = Decoding(max_tokens=12, min_tokens=12, beams=2)
-    for name in ("left", "stays"):
-        running.submit(GenerationRequest(id=name, input_ids=(5, 6, 2), decoding=decoding))
-    for _ in range(5):
-        assert running.step()[1].wasted_tokens == 0
-    running.cancel("left")
-    assert [running.step()[1].wasted_tokens for _ in range(3)] == [2 * 5, 0, 0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
