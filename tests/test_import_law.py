@@ -133,7 +133,7 @@ PLANTED = {
     "model/tokenizer.py": ("import torch", ["the tokenizer needs no torch", "the server never imports what trains or exports"]),
     "export/planted.py": ("import server.batch.beam", ["export knows no server"]),
     "export/bundle.py": ("import numpy", ["the bundle needs the standard library alone"]),
-    "server/planted_session.py": ("import onnxruntime", ["only sessions import onnxruntime"]),
+    "server/planted_session.py": ("import onnxruntime", ["only session imports onnxruntime"]),
     "server/planted_metrics.py": ("import prometheus_client", ["only metrics imports prometheus_client"]),
     "server/planted_socket.py": ("import zmq", ["only the links between our own processes know sockets and their schema"]),
     "server/planted_network.py": ("import grpc", ["only the edge touches gRPC and protobuf"]),

@@ -76,7 +76,7 @@ class EncodingEngine:
             runtime_seconds=ended - running,
             rows=0,
             new_tokens=0,
-            encoded_requests=len(batch),
+            joined=tuple(request.id for request, _ in batch),
             encoded_tokens=sum(len(request.input_ids) for request, _ in batch),
             live_requests=0,
             live_rows=0,

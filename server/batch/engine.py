@@ -48,7 +48,7 @@ class _StepWork:
     runtime_seconds: float = 0.0
     rows: int = 0
     new_tokens: int = 0
-    encoded_requests: int = 0
+    joined: tuple[str, ...] = ()
     encoded_tokens: int = 0
     queue_seconds: tuple[float, ...] = ()
 
@@ -130,7 +130,7 @@ class Engine:
             runtime_seconds=work.runtime_seconds,
             rows=work.rows,
             new_tokens=work.new_tokens,
-            encoded_requests=work.encoded_requests,
+            joined=work.joined,
             encoded_tokens=work.encoded_tokens,
             live_requests=len(self.groups),
             live_rows=self.rows.live,
@@ -146,7 +146,7 @@ class Engine:
     def _join(self, now: float) -> None:
         joined = self._encode_sources() if self.model.shape.has_encoder else self._prefill_prompts()
         self._work.queue_seconds = tuple(now - waiting.since for waiting in joined)
-        self._work.encoded_requests = len(joined)
+        self._work.joined = tuple(waiting.request.id for waiting in joined)
 
     def _encode_sources(self) -> list[Waiting]:
         joining = self.scheduler.schedule(self.rows.free)

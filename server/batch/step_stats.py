@@ -16,8 +16,8 @@ class StepStats:
     rows: int
     """Rows of the decode step; 0 when nothing was decoded."""
     new_tokens: int
-    encoded_requests: int
-    """Requests whose input was encoded or prefilled in this step."""
+    joined: tuple[str, ...]
+    """Ids of the requests that got their rows in this step, their input encoded or prefilled, in order."""
     encoded_tokens: int
     live_requests: int
     live_rows: int
@@ -25,6 +25,6 @@ class StepStats:
     waiting_requests: int
     waiting_tokens: int
     queue_seconds: tuple[float, ...]
-    """Time each request that joined in this step had waited."""
+    """Time each of ``joined`` had waited."""
     wasted_tokens: int = 0
     """Output tokens computed for requests that were cancelled since the step before."""

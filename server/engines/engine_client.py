@@ -6,7 +6,7 @@ of the implementation, so it can move without the service noticing.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -31,6 +31,10 @@ class EngineStatus:
     """Engines that can answer, where several work on one model."""
     progress_age: float = 0.0
     """Seconds since the engine last took a step, while there is work that it has not answered; 0 when it owes nothing."""
+
+
+Changed = Callable[[Sequence[str]], None]
+"""Is told the ids of the requests that got their rows since it was called before."""
 
 
 class Loss(StrEnum):
@@ -60,7 +64,7 @@ class EngineClient(Protocol):
     @property
     def status(self) -> EngineStatus: ...
 
-    def listen(self, changed: Callable[[], None]) -> None:
+    def listen(self, changed: Changed) -> None:
         """Has ``changed`` called, in the event loop, whenever the status has changed: after each step, and after each loss."""
 
     async def drain(self, timeout: float) -> None:

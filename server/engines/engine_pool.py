@@ -6,9 +6,9 @@ On a CPU, n engines of one thread each make more tokens a second than one engine
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
-from server.engines.engine_client import EngineClient, EngineStatus
+from server.engines.engine_client import Changed, EngineClient, EngineStatus
 from server.requests import EncodingRequest, Event, GenerationRequest
 
 
@@ -39,7 +39,7 @@ class EnginePool:
             progress_age=max(status.progress_age for status in each),
         )
 
-    def listen(self, changed: Callable[[], None]) -> None:
+    def listen(self, changed: Changed) -> None:
         for engine in self._engines:
             engine.listen(changed)
 

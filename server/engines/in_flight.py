@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 from server.batch.engine import Addressed
 from server.batch.step_stats import StepStats
+from server.engines.engine_client import Changed
 from server.engines.stepper import Command, Request
 from server.requests import Event, Failed, Failure, TokensReady
 
@@ -33,7 +34,7 @@ class InFlight:
         self._unanswered: dict[str, int] = {}
         """Input tokens of each request whose last event has not come yet; one that has come may still wait for its reader."""
         self._tokens = 0
-        self.listeners: list[Callable[[], None]] = []
+        self.listeners: list[Changed] = []
         """Called when any of this has changed in a way that its reader cannot see."""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -81,7 +82,7 @@ class InFlight:
         self.hand_out(events)
         if self._unanswered:
             self.live_rows, self.live_requests = stats.live_rows, stats.live_requests
-        self._tell()
+        self._tell(stats.joined)
 
     def hand_out(self, events: Iterable[Addressed]) -> None:
         """To those who wait for them; what nobody waits for any more is forgotten."""
@@ -106,9 +107,9 @@ class InFlight:
             await asyncio.wait_for(self._idle.wait(), timeout)
         self.fail_all(SHUTTING_DOWN)
 
-    def _tell(self) -> None:
+    def _tell(self, joined: Sequence[str] = ()) -> None:
         for changed in self.listeners:
-            changed()
+            changed(joined)
 
     def _answered(self, request_id: str) -> None:
         self._tokens -= self._unanswered.pop(request_id, 0)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from server.batch.engine import Addressed
 from server.batch.step_stats import StepStats
-from server.engines.engine_client import EngineStatus
+from server.engines.engine_client import Changed, EngineStatus
 from server.engines.in_flight import STOPPED, InFlight
 from server.engines.stepper import Command, Request, Stepper, apply
 from server.requests import Event
@@ -88,7 +88,7 @@ class InProcessEngine:
             waiting_tokens=self._in_flight.waiting_tokens,
         )
 
-    def listen(self, changed: Callable[[], None]) -> None:
+    def listen(self, changed: Changed) -> None:
         self._in_flight.listeners.append(changed)
 
     def submit(self, request: Request) -> AsyncGenerator[Event, None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from server.batch.step_stats import StepStats
 from server.device.session import RuntimeUnavailable
-from server.engines.engine_client import EngineStatus, Loss
+from server.engines.engine_client import Changed, EngineStatus, Loss
 from server.engines.engine_spec import EngineSpec
 from server.engines.in_flight import STOPPED, InFlight
 from server.engines.kept_process import KeptProcess, Supervision
@@ -65,7 +65,7 @@ class RemoteEngine(KeptProcess[FromEngine]):
             progress_age=time.monotonic() - self._last_report if self._in_flight.alive and self._owes_answer else 0.0,
         )
 
-    def listen(self, changed: Callable[[], None]) -> None:
+    def listen(self, changed: Changed) -> None:
         self._in_flight.listeners.append(changed)
 
     def submit(self, request: Request) -> AsyncGenerator[Event, None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from server.batch.engine import Addressed
 from server.call import Call, current_call
-from server.engines.engine_client import EngineStatus
+from server.engines.engine_client import Changed, EngineStatus
 from server.engines.in_flight import STOPPED, InFlight
 from server.engines.stepper import Command, Request
 from server.requests import Event
@@ -43,7 +43,7 @@ class RemoteRoom:
     def status(self) -> EngineStatus:
         return self._status
 
-    def listen(self, changed: Callable[[], None]) -> None:
+    def listen(self, changed: Changed) -> None:
         self._in_flight.listeners.append(changed)
 
     def check(self) -> None:

@@ -77,9 +77,9 @@ class Forecast:
     """What a call can expect."""
 
     wait: float
-    """Seconds until its requests have their turn, as far as is known."""
+    """Seconds until its requests have rows, as far as is known."""
     seconds_each: float
-    """Seconds from a request's turn to its end, which few requests exceed; 0 while not known."""
+    """Seconds for which a request has its rows, which few requests exceed; 0 while not known."""
     per_second: float | None
     """Requests served each second; None while not known."""
 

@@ -117,10 +117,12 @@ class FairQueue(Generic[T]):
         the shares say, but never more than there are."""
         ahead = 0
         for urgency, lane in self._lanes.items():
+            if urgency < priority:
+                continue
             waiting = {name: len(line.tickets) for name, line in lane.lines.items()}
             if urgency > priority:
                 ahead += sum(waiting.values())
-            elif urgency == priority:
+            else:
                 own = waiting.pop(tenant, 0)
                 others = sum(min(count, (own + 1) * lane.lines[name].weight / weight) for name, count in waiting.items())
                 ahead += own + round(others)

@@ -1,7 +1,7 @@
 """How fast requests are served, as measured. Plain Python: the caller brings the time.
 
-The rate counts only while requests were waiting: at other times it says how fast they came, not how fast they could go. So does
-the time that one takes, once it is known of such a time: among few others a request is faster, and nobody asks then.
+The rate counts only while requests were waiting: at other times it says how fast they came, not how fast they could go. The
+time that one takes counts only in a crowd, once it is known of one: among few others a request is faster, and nobody asks then.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class ServiceRate:
     """Decaying averages over the requests that ended."""
 
     seconds_each: float | None = None
-    """From a request's turn to its end, on average, where others waited meanwhile; None before the first."""
+    """For which a request has its rows, on average, in a crowd; None before the first."""
     deviation: float = 0.0
     """Of single requests from that average, on average."""
     _ends: float = 0.0
     _seconds: float = 0.0
     _crowded: bool = False
-    """Some request has ended while others waited."""
+    """Some request has ended in a crowd."""
     _latest: float | None = None
     """The end that the next interval is counted from; None after a time when nothing waited."""
 
-    def ended(self, now: float, seconds: float | None, *, others_wait: bool) -> None:
-        """Args: seconds: from its turn to its result; None for a request that left without one."""
-        self._crowded |= others_wait
-        if seconds is not None and others_wait is self._crowded:
+    def ended(self, now: float, seconds: float | None, *, others_wait: bool, crowd: bool) -> None:
+        """Args: seconds: for which it had its rows; None where it left without a result; crowd: others had most of the rows."""
+        self._crowded |= crowd
+        if seconds is not None and crowd is self._crowded:
             if self.seconds_each is None:
                 self.seconds_each = seconds
             self.deviation += _SHARE_OF_NEW * (abs(seconds - self.seconds_each) - self.deviation)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from server.call import current_call
-from server.engines.engine_client import EngineClient, EngineStatus
+from server.engines.engine_client import Changed, EngineClient, EngineStatus
 from server.engines.in_flight import SHUTTING_DOWN
 from server.requests import EncodingRequest, Event, Failed, Failure, GenerationRequest, TokensReady
 from server.waiting.admission import Admission, AdmissionLimits, Demand, Forecast, Tenant, Waiting
 from server.waiting.fair_queue import FairQueue
+from server.waiting.occupancy import Occupancy
 from server.waiting.service_rate import ServiceRate
 
 Request = GenerationRequest | EncodingRequest
@@ -30,6 +31,9 @@ TOO_LATE = Failed(Failure.OVERLOADED, "the server is busy: the answer would have
 _LOOKAHEAD = 0.25
 """Of the engine's rows: what it is given work for before they are free. More would stand there in order of arrival, where no
 tenant's share counts any more."""
+
+_CROWD = 0.75
+"""Of the engine's rows: with more of them live, a request takes about as long as with all of them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,19 +73,21 @@ class WaitingRoom:
         """By the name a tenant is counted under: one more than are configured, at most."""
         self._called = 0
         """Requests whose turn has come, and which the engine does not know of yet."""
-        self._running: dict[_Visit, float] = {}
-        """Handed to the engine, and not ended: since when, the earliest first."""
+        self._occupancy = Occupancy()
+        """Of the engine, by those whose turn has come."""
+        self._rows_reported = (0, 0)
+        """Live after the step before the last one, and after the last."""
         self._rate = ServiceRate()
         self._draining = False
         self._empty = asyncio.Event()
         """Nothing waits here, and nothing is on its way to the engine."""
         self._empty.set()
-        engine.listen(self._let_in)
+        engine.listen(self._look)
 
     async def start(self) -> None:
         await self._engine.start()
 
-    def listen(self, changed: Callable[[], None]) -> None:
+    def listen(self, changed: Changed) -> None:
         self._engine.listen(changed)
 
     @property
@@ -98,7 +104,7 @@ class WaitingRoom:
         """For a request of the call that is running now."""
         name, tenant, priority = self._caller
         ahead, per_second = self._queue.ahead_of(name, weight=tenant.weight, priority=priority), self._rate.per_second
-        wait = self._wait(ahead) if ahead and not self._has_room else 0.0  # with room, only others' own bounds keep them
+        wait = self._wait(0 if self._has_room else ahead)  # with room, only their tenants' own bounds keep them
         if tenant.max_rows is not None and self._rate.seconds_each and (own := self._queue.waiting_of(name)):
             use = self._use[name]
             at_once = max(1.0, tenant.max_rows * use.requests / max(1, use.rows))
@@ -128,18 +134,17 @@ class WaitingRoom:
             self._release(visit)
             yield TOO_LATE
             return
-        began, counted = self._clock(), False
-        self._running[visit] = began
+        counted = False
         try:
             async with aclosing(self._engine.submit(request)) as events:
                 async for event in events:
                     if not counted and not isinstance(event, TokensReady):
                         counted = True
-                        self._count_end(visit, None if isinstance(event, Failed) else self._clock() - began)
+                        self._count_end(visit, answered=not isinstance(event, Failed))
                     yield event
         finally:
             if not counted:
-                self._count_end(visit, None)
+                self._count_end(visit, answered=False)
 
     async def drain(self, timeout: float) -> None:
         self._draining = True
@@ -163,9 +168,13 @@ class WaitingRoom:
         status = self._engine.status
         if not status.alive or not status.row_capacity:
             return True  # it says so itself, at once
-        free = max(0, status.row_capacity - status.live_rows)
-        rows_each = max(1.0, status.live_rows / max(1, status.live_requests))  # those that come are as those that are there
-        return status.waiting_requests + self._called < max(1.0, (free + _LOOKAHEAD * status.row_capacity) / rows_each)
+        return not self._occupancy.wanting or self._free_rows > -_LOOKAHEAD * status.row_capacity
+
+    @property
+    def _free_rows(self) -> int:
+        """Left for others when all whose turn has come have theirs; less than none where these are too many."""
+        status = self._engine.status
+        return status.row_capacity - status.live_rows - self._occupancy.rows_wanted
 
     @property
     def _is_hopeless(self) -> bool:
@@ -186,18 +195,17 @@ class WaitingRoom:
         return demand, waiting, self.forecast
 
     def _wait(self, ahead: int) -> float:
-        """Seconds until the turn of one that has so many ahead of it in the queue; 0 while nothing is known.
+        """Seconds until one has rows that has so many ahead of it in the queue; 0 when some are free, or nothing is known.
 
-        By the rate, or by when those that run will have made room if each takes its time: after a burst they all end together,
-        and until then nobody's turn comes.
+        By the rate, or by when those that have rows will have ended, whichever is later.
         """
-        waiting = self._engine.status.waiting_requests
-        wait, each, running = self._rate.wait(ahead + waiting), self._rate.seconds_each, len(self._running) - waiting
-        if not wait or each is None or running < 1:
-            return wait
-        rounds, place = divmod(ahead + waiting, running)
-        began = next(islice(self._running.values(), place, None))
-        return max(wait, began + (1 + rounds) * each - self._clock())
+        status, occupancy, each = self._engine.status, self._occupancy, self._rate.seconds_each
+        requests, rows = status.live_requests + occupancy.wanting, status.live_rows + occupancy.rows_wanted
+        rows_each = max(1.0, rows / max(1, requests))  # who comes is as those who are there
+        ends = math.ceil(ahead + 1 - self._free_rows / rows_each)
+        if ends < 1 or not status.row_capacity:
+            return 0.0
+        return max(self._rate.wait(ends - 1), occupancy.until_ended(ends, each, self._clock()) if each else 0.0)
 
     def _may_go(self, visit: _Visit) -> bool:
         """Its tenant may hold these rows too."""
@@ -236,12 +244,21 @@ class WaitingRoom:
         use = self._use[visit.tenant]
         use.requests += 1
         use.rows += visit.rows
+        self._occupancy.enter(visit.request.id, visit.rows, self._clock())
 
-    def _release(self, visit: _Visit) -> None:
-        """What it held, or would have, is the next one's."""
+    def _release(self, visit: _Visit) -> float | None:
+        """What it held, or would have, is the next one's. Seconds for which the engine gave it rows; None if it never did."""
         use = self._use[visit.tenant]
         use.requests -= 1
         use.rows -= visit.rows
+        seconds = self._occupancy.leave(visit.request.id, self._clock())
+        self._let_in()
+        return seconds
+
+    def _look(self, joined: Sequence[str]) -> None:
+        """The engine has reported."""
+        self._rows_reported = self._rows_reported[1], self._engine.status.live_rows
+        self._occupancy.joined(joined, self._clock())
         self._let_in()
 
     def _let_in(self) -> None:
@@ -256,10 +273,11 @@ class WaitingRoom:
                 self._hold(visit)
                 visit.turn.set_result(True)
 
-    def _count_end(self, visit: _Visit, seconds: float | None) -> None:
-        del self._running[visit]
-        self._rate.ended(self._clock(), seconds, others_wait=bool(self._queue))
-        self._release(visit)
+    def _count_end(self, visit: _Visit, *, answered: bool) -> None:
+        others_wait = bool(self._queue) or self._free_rows < 0
+        crowd = others_wait or self._rows_reported[0] > _CROWD * self._engine.status.row_capacity
+        seconds = self._release(visit)
+        self._rate.ended(self._clock(), seconds if answered else None, others_wait=others_wait, crowd=crowd)
 
 
 def _rows(request: Request) -> int:

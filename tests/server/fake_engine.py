@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from server.engines.engine_client import EngineStatus
+from server.engines.engine_client import Changed, EngineStatus
 from server.requests import (
     Encoded,
     EncodingRequest,
@@ -30,19 +30,23 @@ Script = Callable[[Request], Iterable[Step]]
 class FakeEngine:
     """Answers by ``script``; set a new one at any time."""
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, most: int | None = None) -> None:
+        """Args: most: requests that have rows at once; None: all."""
         self.script: Script = script or echo
+        self.most = most
         self.submitted: list[Request] = []
         self.closed_early: list[str] = []
         """Ids of requests whose iterator was closed before its last event."""
-        self.live = 0
+        self.present: list[str] = []
+        """Ids of requests that have not ended, in order."""
+        self._with_rows: set[str] = set()
         self.alive = True
         self.waiting_requests = 0
         self.waiting_tokens = 0
         self.warm = asyncio.Event()
         self.warm.set()
         self.drains: list[float] = []
-        self.listeners: list[Callable[[], None]] = []
+        self.listeners: list[Changed] = []
         self._draining = False
 
     async def start(self) -> None:
@@ -53,7 +57,8 @@ class FakeEngine:
             yield Failed(Failure.SHUTTING_DOWN, "the server is shutting down")
             return
         self.submitted.append(request)
-        self.live += 1
+        self.present.append(request.id)
+        self._report()
         ended = False
         try:
             for step in self.script(request):
@@ -62,14 +67,29 @@ class FakeEngine:
                 elif isinstance(step, BaseException):
                     raise step
                 else:
-                    ended = not isinstance(step, TokensReady)
+                    if not isinstance(step, TokensReady):
+                        ended = True
+                        self._leave(request.id)
                     yield step
         finally:
-            self.live -= 1
             if not ended:
                 self.closed_early.append(request.id)
-            for changed in self.listeners:
-                changed()
+                self._leave(request.id)
+
+    @property
+    def live(self) -> int:
+        return len(self.present)
+
+    def _leave(self, request_id: str) -> None:
+        self.present.remove(request_id)
+        self._report()
+
+    def _report(self) -> None:
+        """As an engine does after a step: before anybody has read what it says."""
+        had_rows, self._with_rows = self._with_rows, set(self.present[: self.most])
+        joined = [request_id for request_id in self.present[: self.most] if request_id not in had_rows]
+        for changed in self.listeners:
+            changed(joined)
 
     @property
     def status(self) -> EngineStatus:
@@ -81,7 +101,7 @@ class FakeEngine:
             waiting_tokens=self.waiting_tokens,
         )
 
-    def listen(self, changed: Callable[[], None]) -> None:
+    def listen(self, changed: Changed) -> None:
         self.listeners.append(changed)
 
     async def drain(self, timeout: float) -> None:

@@ -12,7 +12,7 @@ def stats_of(live: int) -> StepStats:
         runtime_seconds=0.0,
         rows=live,
         new_tokens=live,
-        encoded_requests=0,
+        joined=(),
         encoded_tokens=0,
         live_requests=live,
         live_rows=live,

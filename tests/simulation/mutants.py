@@ -32,6 +32,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "server.waiting.waiting_room": ("waiting/test_waiting_room", "waiting/test_forecast", "test_calls"),
     "server.waiting.fair_queue": ("waiting/test_fair_queue", "waiting/test_waiting_room"),
     "server.waiting.service_rate": ("waiting/test_service_rate", "waiting/test_forecast", "waiting/test_waiting_room"),
+    "server.waiting.occupancy": ("waiting/test_occupancy", "waiting/test_forecast", "waiting/test_waiting_room"),
     "server.batch.scheduler": ("batch/test_scheduler", "batch/test_engine"),
     "server.engines.stepper": ("engines/test_in_process",),
     "server.engines.in_flight": ("engines/test_in_flight", "engines/test_in_process", "engines/test_remote_engine"),

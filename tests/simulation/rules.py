@@ -88,8 +88,9 @@ class Rules:
             seconds = self._until_served(max(over, over_tokens * own / max(1, own_tokens)), forecast)
             reasons.append(_Reason("too much of the tenant's waits", seconds, seconds))
         if forecast.wait:
-            assert forecast.per_second is not None
-            wait = forecast.wait + (self._requests + requests - 1) / forecast.per_second
+            wait = forecast.wait
+            if forecast.per_second:
+                wait += (self._requests + requests - 1) / forecast.per_second
             late, perhaps_late = (times * wait + forecast.seconds_each - call.seconds_left for times in (1.0, _CAUTION))
             if perhaps_late > 0:
                 reasons.append(_Reason("it would be late", _bounded(late), _bounded(perhaps_late), compels=late > 0))

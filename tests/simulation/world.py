@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from server.batch.engine import Engine
 from server.call import Call, current_call
 from server.edge.fan_out import RequestFailed, gather_results
-from server.engines.engine_client import EngineStatus
+from server.engines.engine_client import Changed, EngineStatus
 from server.engines.in_flight import STOPPED, InFlight
 from server.engines.stepper import Command
 from server.requests import (
@@ -92,7 +92,7 @@ class VirtualEngine:
             release.callback(self._rows_of.subtract, {tenant: rows})
             yield release.close
 
-    def listen(self, changed: Callable[[], None]) -> None:
+    def listen(self, changed: Changed) -> None:
         self._in_flight.listeners.append(changed)
 
     @property

@@ -82,7 +82,7 @@ def test_a_step_tells_what_it_did() -> None:
     engine.submit(request("b", 7))
     _, stats = engine.step()
     assert (stats.seconds, stats.runtime_seconds) == (3.0, 2.0)
-    assert (stats.encoded_requests, stats.encoded_tokens) == (1, 4)
+    assert (stats.joined, stats.encoded_tokens) == (("a",), 4)
     assert (stats.waiting_requests, stats.waiting_tokens) == (1, 7)
     assert stats.queue_seconds == (10.0,)
     assert (stats.rows, stats.new_tokens, stats.live_rows, stats.row_capacity) == (0, 0, 0, 1)

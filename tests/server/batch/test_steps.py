@@ -95,7 +95,7 @@ def test_a_step_says_what_it_did() -> None:
         runtime_seconds=2.0,
         rows=3,
         new_tokens=3,
-        encoded_requests=2,
+        joined=("a", "b"),
         encoded_tokens=7,
         live_requests=2,
         live_rows=3,
@@ -113,13 +113,7 @@ def test_a_step_says_what_it_did() -> None:
     ((name, event),) = events
     assert isinstance(event, Finished)
     assert (name, event.hypotheses[0].tokens) == ("a", (5, 5))
-    assert (stats.seconds, stats.runtime_seconds, stats.rows, stats.encoded_requests, stats.encoded_tokens) == (
-        1.0,
-        1.0,
-        3,
-        0,
-        0,
-    )
+    assert (stats.seconds, stats.runtime_seconds, stats.rows, stats.joined, stats.encoded_tokens) == (1.0, 1.0, 3, (), 0)
     assert (stats.live_requests, stats.live_rows, stats.waiting_requests, stats.queue_seconds) == (1, 2, 1, ())
     assert [call for call in model.said() if call[0] == "move"] == [("move", [2], [0], 2)], (
         "the last row, as far as it is written"
@@ -145,9 +139,7 @@ def test_a_prompt_is_prefilled_in_chunks_but_for_its_last_token() -> None:
     seen = []
     for _ in range(3):
         _, stats = engine.step()
-        seen.append(
-            (stats.encoded_tokens, stats.encoded_requests, stats.waiting_requests, stats.live_rows, stats.queue_seconds)
-        )
+        seen.append((stats.encoded_tokens, stats.joined, stats.waiting_requests, stats.live_rows, stats.queue_seconds))
     assert model.said()[:8] == [
         ("prefill", (3, 4, 5, 6), 0),
         ("prefill", (7, 8, 9, 10), 4),
@@ -158,7 +150,7 @@ def test_a_prompt_is_prefilled_in_chunks_but_for_its_last_token() -> None:
         ("decode", [12, 12, 5], [9, 9, 2], 4, False),
         ("branch", [0], [1], [10], [10]),
     ]
-    assert seen == [(4, 0, 2, 0, ()), (4, 0, 2, 0, ()), (3, 2, 0, 3, (3.0, 3.0))]
+    assert seen == [(4, (), 2, 0, ()), (4, (), 2, 0, ()), (3, ("long", "short"), 0, 3, (3.0, 3.0))]
 
 
 def test_prompts_of_one_token_join_a_few_at_a_time_too() -> None:
@@ -167,7 +159,7 @@ def test_prompts_of_one_token_join_a_few_at_a_time_too() -> None:
     for name in "abc":
         engine.submit(request(name, 1))
     _, stats = engine.step()
-    assert (stats.encoded_requests, stats.encoded_tokens, stats.waiting_requests) == (2, 0, 1)
+    assert (stats.joined, stats.encoded_tokens, stats.waiting_requests) == (("a", "b"), 0, 1)
     assert model.said() == [("adopt", [0], 0), ("adopt", [1], 0), ("decode", [3, 3], [0, 0], 2, False)]
 
 

@@ -25,7 +25,7 @@ def enter(books: InFlight, *names: str) -> list[asyncio.Task[list[Event]]]:
 async def test_who_listens_hears_when_everything_under_way_has_failed() -> None:
     books, heard = InFlight(), list[int]()
     books.alive = True
-    books.listeners.append(lambda: heard.append(books.unanswered))
+    books.listeners.append(lambda joined: heard.append(books.unanswered))
     tasks = enter(books, "a", "b")
     await asyncio.sleep(0)
     assert books.unanswered == 2
@@ -37,7 +37,7 @@ async def test_who_listens_hears_when_everything_under_way_has_failed() -> None:
 async def test_who_listens_hears_of_every_step_when_it_is_in_the_books() -> None:
     books, heard = InFlight(), list[tuple[int, int]]()
     books.alive = True
-    books.listeners.append(lambda: heard.append((books.unanswered, books.live_rows)))
+    books.listeners.append(lambda joined: heard.append((books.unanswered, books.live_rows)))
     tasks = enter(books, "a", "b", "c")
     await asyncio.sleep(0)
     books.deliver([], stats_of(2))

@@ -300,7 +300,7 @@ async def test_a_pool_spreads_requests_and_outlives_one_of_its_engines(
     await pool.start()
     results = await asyncio.gather(*(collect(pool, request(f"r{n}")) for n in range(20)))
     assert all(isinstance(events[-1], Finished) for events in results)
-    counts = [sum(stats.encoded_requests for stats in seen) for seen in steps]
+    counts = [sum(len(stats.joined) for stats in seen) for seen in steps]
     assert counts == [10, 10]
     assert (pool.status.row_capacity, pool.status.engines_up) == (8, 2)
     assert engines[0].pid is not None

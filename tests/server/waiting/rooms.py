@@ -20,7 +20,7 @@ class Rows(FakeEngine):
     """Has so many rows; a request holds ``each`` of them until it is let go. Answers in the order in which they are let go."""
 
     def __init__(self, rows: int, each: int = 1) -> None:
-        super().__init__(self.hold)
+        super().__init__(self.hold, most=rows // each)
         self.rows, self.each = rows, each
         self.gates: dict[str, asyncio.Event] = {}
 
@@ -30,12 +30,14 @@ class Rows(FakeEngine):
         yield DONE if self.alive else NOT_RUNNING
 
     def let_go(self, *names: str) -> None:
+        """In the step that begins now."""
+        self._report()
         for name in names:
             self.gates.pop(name).set()
 
     @property
     def status(self) -> EngineStatus:
-        running = min(self.live, self.rows // self.each)
+        running = len(self._with_rows)
         return EngineStatus(
             alive=self.alive,
             live_rows=running * self.each,
@@ -64,9 +66,11 @@ async def collect(room: WaitingRoom, name: str, beams: int = 1) -> list[Event]:
         return [event async for event in events]
 
 
-def enter(room: WaitingRoom, *names: str, tenant: str = "", priority: int = 0) -> list[asyncio.Task[list[Event]]]:
+def enter(
+    room: WaitingRoom, *names: str, tenant: str = "", priority: int = 0, beams: int = 1
+) -> list[asyncio.Task[list[Event]]]:
     with call(tenant, priority):
-        return [asyncio.create_task(collect(room, name)) for name in names]
+        return [asyncio.create_task(collect(room, name, beams)) for name in names]
 
 
 async def settle() -> None:

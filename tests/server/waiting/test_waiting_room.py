@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from server.engines.engine_client import EngineStatus
 from server.engines.in_flight import NOT_RUNNING, SHUTTING_DOWN
 from server.requests import Decoding, EncodingRequest, Event, Failed
 from server.waiting.admission import AdmissionLimits, Tenant
@@ -38,9 +37,7 @@ async def test_the_engine_gets_what_it_has_rows_for_and_a_little_more() -> None:
 async def test_wide_requests_are_not_piled_up_in_the_engine_where_no_share_counts() -> None:
     engine = Rows(16, each=4)
     room = WaitingRoom(engine, AdmissionLimits())
-    tasks = enter(room, "r0")
-    await settle()
-    tasks += enter(room, *(f"r{n}" for n in range(1, 10)))
+    tasks = enter(room, *(f"r{n}" for n in range(10)), beams=4)
     await settle()
     assert names(engine) == [f"r{n}" for n in range(5)], "four at once, and a quarter of the rows ahead is one more"
     for n in range(10):
@@ -113,18 +110,17 @@ async def test_a_text_that_is_only_read_takes_one_row() -> None:
     await leave(tasks)
 
 
-async def test_what_the_engine_has_not_said_yet_is_taken_to_be_as_wide_as_the_rest() -> None:
+async def test_what_the_engine_has_not_said_yet_counts_with_its_width() -> None:
     class Late(Rows):
-        """Knows of its first request alone."""
+        """Has reported its first request alone."""
 
-        @property
-        def status(self) -> EngineStatus:
-            live = min(1, self.live)
-            return replace(super().status, live_rows=4 * live, live_requests=live, waiting_requests=self.live - live)
+        def _report(self) -> None:
+            if len(self.present) == 1:
+                super()._report()
 
-    engine = Late(16)
+    engine = Late(16, each=4)
     room = WaitingRoom(engine, AdmissionLimits())
-    tasks = enter(room, *(f"r{n}" for n in range(20)))
+    tasks = enter(room, *(f"r{n}" for n in range(20)), beams=4)
     await settle()
     assert len(engine.submitted) == 1 + (12 + 4) // 4
     await leave(tasks)
@@ -235,10 +231,10 @@ async def test_texts_that_are_written_cost_their_tenant_input_and_output() -> No
 async def test_who_listens_hears_of_the_engine() -> None:
     engine, heard = Rows(1), list[str]()
     room = WaitingRoom(engine, AdmissionLimits())
-    room.listen(lambda: heard.append("changed"))
+    room.listen(heard.extend)
     for changed in engine.listeners:
-        changed()
-    assert heard == ["changed"]
+        changed(["r0"])
+    assert heard == ["r0"]
 
 
 async def test_what_waits_ends_with_the_engine() -> None:
