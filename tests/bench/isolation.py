@@ -1,7 +1,8 @@
 """``python -m tests.bench.isolation [BUNDLE]``: what it costs to have the engine in a process of its own.
 
-Both kinds are driven in turn by the same load, without gRPC, in one run: one request at a time for the latency that the way to
-the process adds, then many at once for the throughput. Medians over the rounds, and their range.
+Both kinds are driven in turn by the same load, without gRPC, in one run: one request at a time, by one and then by the other,
+for the latency that the way to the process adds; then many at once for the throughput. A machine that is slow for a moment is
+slow for both, so it is pairs that are compared: medians over the rounds, and their range.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _FIRST_WORD = 4
 
 @dataclass(slots=True)
 class Figures:
-    """One value for each round."""
+    """Of one kind of engine, one value for each round."""
 
     single: list[float] = field(default_factory=list)
     """Median seconds of a request alone."""
@@ -47,14 +48,13 @@ async def run_one(engine: EngineClient, request: GenerationRequest) -> None:
             pass
 
 
-async def measure(engine: EngineClient, requests: list[GenerationRequest], at_once: int, figures: Figures) -> None:
-    """One round of each kind of load."""
-    seconds = []
-    for request in requests[: len(requests) // 8]:
-        began = time.perf_counter()
-        await run_one(engine, request)
-        seconds.append(time.perf_counter() - began)
-    figures.single.append(statistics.median(seconds))
+async def seconds_of(engine: EngineClient, request: GenerationRequest) -> float:
+    began = time.perf_counter()
+    await run_one(engine, request)
+    return time.perf_counter() - began
+
+
+async def rate_of(engine: EngineClient, requests: list[GenerationRequest], at_once: int) -> float:
     queue = iter(requests)
 
     async def caller() -> None:
@@ -63,7 +63,19 @@ async def measure(engine: EngineClient, requests: list[GenerationRequest], at_on
 
     began = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(at_once)))
-    figures.rate.append(len(requests) / (time.perf_counter() - began))
+    return len(requests) / (time.perf_counter() - began)
+
+
+async def measure(engines: dict[str, EngineClient], requests: list[GenerationRequest], at_once: int) -> dict[str, Figures]:
+    """One round of each kind of load; whose turn is first changes from request to request, and from round to round."""
+    turn = list(engines)
+    seconds: dict[str, list[float]] = {kind: [] for kind in engines}
+    for request in requests[: len(requests) // 8]:
+        turn.reverse()
+        for kind in turn:
+            seconds[kind].append(await seconds_of(engines[kind], request))
+    rates = {kind: await rate_of(engines[kind], requests, at_once) for kind in turn}
+    return {kind: Figures([statistics.median(seconds[kind])], [rates[kind]]) for kind in engines}
 
 
 def requests_for(bundle: Bundle, count: int, stream: bool) -> list[GenerationRequest]:
@@ -92,10 +104,12 @@ async def compare(path: Path, precision: str, rounds: int, count: int, at_once: 
     figures = {kind: Figures() for kind in engines}
     for engine in engines.values():
         await engine.start()
-        await measure(engine, requests[:64], at_once, Figures())  # warm
-    for _ in range(rounds):
-        for kind, engine in engines.items():
-            await measure(engine, requests, at_once, figures[kind])
+    await measure(engines, requests[:64], at_once)  # warm
+    for number in range(rounds):
+        order = dict(sorted(engines.items(), reverse=number % 2 == 1))
+        for kind, own in (await measure(order, requests, at_once)).items():
+            figures[kind].single += own.single
+            figures[kind].rate += own.rate
     for engine in engines.values():
         await engine.drain(5)
     return figures
@@ -112,7 +126,7 @@ def main(
     shape: Annotated[str, typer.Option(help="Without a bundle: one made for the purpose, tiny or base.")] = "tiny",
     precision: Annotated[str, typer.Option(help="Graphs of the bundle that run.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=1)] = 7,
-    requests: Annotated[int, typer.Option(min=64, help="In each round.")] = 256,
+    requests: Annotated[int, typer.Option(min=64, help="In each round.")] = 512,
     at_once: Annotated[int, typer.Option(min=1, help="Requests in flight where the rate is measured.")] = 32,
     stream: Annotated[bool, typer.Option(help="Report every token as it becomes final.")] = True,
 ) -> None:
@@ -124,9 +138,12 @@ def main(
             f" {at_once} in flight: {rate:7.1f} requests/s ({min(own.rate):.1f} to {max(own.rate):.1f})"
         )
     here, there = figures["in-process"], figures["process"]
-    added = (statistics.median(there.single) - statistics.median(here.single)) * 1000
-    share = statistics.median(there.rate) / statistics.median(here.rate)
-    print(f"the process adds {added:.2f} ms to a request alone, and serves {share:.1%} of the rate")
+    added = sorted((b - a) * 1000 for a, b in zip(here.single, there.single, strict=True))
+    share = sorted(b / a for a, b in zip(here.rate, there.rate, strict=True))
+    print(
+        f"the process adds {statistics.median(added):.2f} ms to a request alone ({added[0]:.2f} to {added[-1]:.2f}),"
+        f" and serves {statistics.median(share):.1%} of the rate ({share[0]:.1%} to {share[-1]:.1%})"
+    )
 
 
 if __name__ == "__main__":
