@@ -135,7 +135,7 @@ PLANTED = {
     "export/bundle.py": ("import numpy", ["the bundle needs the standard library alone"]),
     "server/planted_session.py": ("import onnxruntime", ["only session imports onnxruntime"]),
     "server/planted_metrics.py": ("import prometheus_client", ["only metrics imports prometheus_client"]),
-    "server/planted_socket.py": ("import zmq", ["only the links between our own processes know sockets and their schema"]),
+    "server/planted_wire.py": ("import msgspec", ["only the links between our own processes know their schema"]),
     "server/planted_network.py": ("import grpc", ["only the edge touches gRPC and protobuf"]),
     "server/planted_model.py": ("import model.config", ["of ours, the server uses protos, the bundle and the tokenizer"]),
     "server/batch/groups.py": (

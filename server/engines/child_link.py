@@ -1,35 +1,32 @@
-"""A process of our own and the socket to it: started, spoken to, and ended from here.
-
-The socket is a file in a directory that only this user can enter.
-"""
+"""A process of our own and the socket to it: started, spoken to, and ended from here."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Generic, Self
 
-from server.engines.loop_socket import LoopSocket, Message
+from server.engines.message_socket import LoopSocket, Message
+
+_LAST_WORDS_SECONDS = 1.0
+"""A process that has ended is heard out for no longer, should another one hold its end of the socket."""
 
 
 class ChildLink(Generic[Message]):
-    """A running ``python -m MODULE ENDPOINT``, which ends with this process (``server.engines.parent``)."""
+    """A running ``python -m MODULE DESCRIPTOR``, which ends with this process (``server.engines.parent``)."""
 
     def __init__(
         self,
         process: asyncio.subprocess.Process,
-        directory: tempfile.TemporaryDirectory[str],
-        endpoint: str,
         decode: Callable[[bytes], Message],
         on_message: Callable[[Message], None],
     ) -> None:
-        self._process, self._directory = process, directory
-        # The process binds: a side that connects may send before the other is there.
-        self._socket = LoopSocket(endpoint, bind=False, decode=decode, on_message=on_message, on_nonsense=self._kill)
+        self._process = process
+        self._socket = LoopSocket(decode, on_message, on_nonsense=self._kill)
 
     @classmethod
     async def start(
@@ -45,24 +42,26 @@ class ChildLink(Generic[Message]):
             on_message: told of everything the process says, in order, in the event loop.
             environment: added to this process's own.
         """
-        kind = module.rpartition(".")[2].removesuffix("_process").replace("_", "-")
-        directory = tempfile.TemporaryDirectory(prefix=f"transformer-{kind}-")  # mode 0700
-        endpoint = f"ipc://{directory.name}/socket"
-        try:
-            # A session of its own: Ctrl-C in a terminal reaches the server, which then decides when its processes end.
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
-                endpoint,
-                stdin=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                env={**os.environ, **(environment or {})},
-            )
-        except BaseException:
-            directory.cleanup()
-            raise
-        return cls(process, directory, endpoint, decode, on_message)
+        ours, its = socket.socketpair()
+        with its:
+            try:
+                # A session of its own: Ctrl-C in a terminal reaches the server, which then decides when its processes end.
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    module,
+                    str(its.fileno()),
+                    stdin=asyncio.subprocess.PIPE,
+                    pass_fds=[its.fileno()],
+                    start_new_session=True,
+                    env={**os.environ, **(environment or {})},
+                )
+            except BaseException:
+                ours.close()
+                raise
+        link = cls(process, decode, on_message)
+        await link._socket.open(ours)
+        return link
 
     @property
     def pid(self) -> int:
@@ -75,8 +74,8 @@ class ChildLink(Generic[Message]):
     async def ended(self) -> int:
         """Waits for the end of the process, and hears out what it said before; its exit code, negative for a signal."""
         code = await self._process.wait()
-        await asyncio.sleep(0.01)  # ZeroMQ's own thread brings the last messages
-        self._socket.receive()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._socket.ended), _LAST_WORDS_SECONDS)
         return code
 
     def terminate(self) -> None:
@@ -90,9 +89,8 @@ class ChildLink(Generic[Message]):
         await self._process.wait()
 
     def close(self) -> None:
-        """Gives back the socket and its directory."""
+        """Gives back the socket."""
         self._socket.close()
-        self._directory.cleanup()
         if self._process.stdin is not None:
             self._process.stdin.close()
 

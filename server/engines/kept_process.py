@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic
 
 from server.engines.child_link import ChildLink
 from server.engines.engine_client import Loss
-from server.engines.loop_socket import Message
+from server.engines.message_socket import Message
 
 _LOOK_SECONDS = 0.25
 """How often progress is looked at."""
@@ -41,7 +41,7 @@ class KeptProcess(ABC, Generic[Message]):
     ``_ready`` or ``_cannot_start`` once), whether it owes an answer, and what its loss means.
 
     Args:
-        module: run as ``python -m module ENDPOINT``.
+        module: run as ``python -m module DESCRIPTOR``.
         facts: which process this is, in every log line about it.
         on_loss: told of every process that was lost after it had been ready.
         environment: added to this process's own.

@@ -1,4 +1,4 @@
-"""One front end of a server: ``python -m server.front_ends.front_end_process ENDPOINT``.
+"""One front end of a server: ``python -m server.front_ends.front_end_process DESCRIPTOR``.
 
 ``server.front_ends.front_end`` starts it. It takes calls on a port that it shares with its siblings, checks them, and hands
 their requests to the process that owns the engines. It never outlives that process (``server.engines.parent``).
@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from server.config import ConfigError
 from server.device.session import RuntimeUnavailable
 from server.engines.engine_client import EngineClient
 from server.engines.engine_spec import EngineSpec
-from server.engines.loop_socket import LoopSocket
+from server.engines.message_socket import LoopSocket
 from server.engines.parent import die_with_parent
 from server.engines.stepper import Request
 from server.engines.wire import unwrap_events, wrap_request
@@ -48,9 +49,6 @@ from server.server import Server
 
 _log = logging.getLogger(__name__)
 
-_LAST_WORDS_SECONDS = 0.2
-"""For ZeroMQ's own thread to take what was said last."""
-
 
 class FrontEndMetrics(CallMetrics):
     """Counts calls, and remembers what health says."""
@@ -66,7 +64,7 @@ class FrontEndMetrics(CallMetrics):
 class Owner:
     """The process that owns the engines, as seen from here."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self) -> None:
         self.begin: asyncio.Future[Begin] = asyncio.get_running_loop().create_future()
         self.metrics = FrontEndMetrics()
         self._rooms: list[RemoteRoom] = []
@@ -75,9 +73,15 @@ class Owner:
         self._handovers: dict[tuple[int, int], Handover] = {}
         """Those among them, by model and call."""
         self._loop = asyncio.get_running_loop()
-        self._socket: LoopSocket[ToFrontEnd] = LoopSocket(
-            endpoint, bind=True, decode=decode_to_front_end, on_message=self._receive, on_nonsense=self._lose
-        )
+        self._socket: LoopSocket[ToFrontEnd] = LoopSocket(decode_to_front_end, self._receive, on_nonsense=self._lose)
+
+    async def open(self, descriptor: int) -> None:
+        await self._socket.open(socket.socket(fileno=descriptor))
+
+    async def close(self) -> None:
+        """When all that was said is on its way."""
+        self._socket.close()
+        await self._socket.ended
 
     def rooms(self, count: int) -> Sequence[RemoteRoom]:
         """One for each model."""
@@ -127,9 +131,10 @@ class Owner:
             room.lose()
 
 
-async def serve(endpoint: str) -> int:
+async def serve(descriptor: int) -> int:
     """The exit code: 0 when asked to end, 1 when it could not begin."""
-    owner = Owner(endpoint)
+    owner = Owner()
+    await owner.open(descriptor)
     begin = await owner.begin
     configure_logging(LogLevel(begin.log_level), front_end=begin.number)
     try:
@@ -142,7 +147,7 @@ async def serve(endpoint: str) -> int:
         await server.serve()
     except (BundleError, ConfigError, RuntimeUnavailable, CannotServe) as error:
         owner.say(CannotBegin(str(error)))
-        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        await owner.close()
         return 1
     return 0
 
@@ -162,18 +167,18 @@ def _in_place_of_engines(room: RemoteRoom, name: str, spec: EngineSpec, count: i
     return room
 
 
-def main(endpoint: str) -> int:
+def main(descriptor: int) -> int:
     # The owner of the engines hears of a Ctrl-C and says when to end; a SIGTERM before there is a server ends this at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     try:
-        return asyncio.run(serve(endpoint))
+        return asyncio.run(serve(descriptor))
     except Exception:
         _log.exception("the front end stopped")
         return 70
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m server.front_ends.front_end_process ENDPOINT (started by the server itself)")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal():
+        sys.exit("usage: python -m server.front_ends.front_end_process DESCRIPTOR (started by the server itself)")
+    sys.exit(main(int(sys.argv[1])))
