@@ -53,9 +53,9 @@ class Group:
 
     @property
     def is_plain(self) -> bool:
-        """Greedy or beam search, and nothing else to look after at each step than a least length."""
+        """Greedy or beam search, and nothing else to look after at each step than a least length and who is to hear of it."""
         decoding = self.request.decoding
-        special = decoding.sampling or self.request.forced or self.request.stream or decoding.alternatives
+        special = decoding.sampling or self.request.forced or decoding.alternatives
         return not (special or self.is_adjusted or decoding.stop_tokens or self.is_followed)
 
     @property
@@ -168,7 +168,9 @@ class GroupTable:
         self.with_phrases = 0
         """... must contain phrases, ..."""
         self.followed = 0
-        """... or are followed token by token."""
+        """... are followed token by token, ..."""
+        self.streaming = 0
+        """... or are told of as they are written."""
 
     def __len__(self) -> int:
         """Live requests."""
@@ -272,6 +274,7 @@ class GroupTable:
         decoding = group.request.decoding
         self._special += change * (not group.is_plain)
         self._greedy += change * (not group.is_beam)
+        self.streaming += change * group.request.stream
         self._with_min_tokens += change * (decoding.min_tokens > 0)
         self.adjusted += change * group.is_adjusted
         self.with_alternatives += change * (decoding.alternatives > 0)

@@ -99,7 +99,10 @@ class NextTokens:
             tokens, scores = np.where(other, ids[:, 1], tokens), np.where(other, log_p[:, 1], scores)
         h.append_to_all(rows, tokens, scores)
         self.tokens_written += n
-        gone = np.flatnonzero((tokens == self.end_token) | (h.length[:n] >= self.groups.max_tokens[h.group[:n]]))
+        group = h.group[:n]
+        if self.groups.streaming:
+            self._send_last(np.flatnonzero(self.groups.streams[group]))
+        gone = np.flatnonzero((tokens == self.end_token) | (h.length[:n] >= self.groups.max_tokens[group]))
         self._end(gone)
         return gone
 
@@ -143,15 +146,20 @@ class NextTokens:
             ended |= self._progress.write(rows, tokens[rows])
         ended |= (h.length[rows] >= groups.max_tokens[own]) & (~groups.is_beam[own] | choosing[rows])
         ended |= groups.forced_only[own] & (h.length[rows] == groups.forced_length[own])
-        for row in rows[groups.streams[own] & ~groups.is_beam[own]].tolist():
-            last = h.length[row] - 1
-            group = groups[int(h.group[row])]
-            index = group.alternative + int(h.member[row])
-            ready = TokensReady(index, (int(h.tokens[row, last]),), (float(h.log_probabilities[row, last]),))
-            self.emit(group.request.id, ready)
+        if groups.streaming:
+            self._send_last(rows[groups.streams[own] & ~groups.is_beam[own]])
         gone = rows[ended]
         self._end(gone)
         return gone
+
+    def _send_last(self, rows: Rows) -> None:
+        """Reports the token that each of these rows has just written."""
+        h = self.hypotheses
+        last = rows, h.length[rows] - 1
+        written = h.tokens[last].tolist(), h.log_probabilities[last].tolist()
+        for number, member, token, score in zip(h.group[rows].tolist(), h.member[rows].tolist(), *written, strict=True):
+            group = self.groups[number]
+            self.emit(group.request.id, TokensReady(group.alternative + member, (token,), (score,)))
 
     def _end(self, gone: Rows) -> None:
         """Greedy, sampled and forced rows that have ended become results."""

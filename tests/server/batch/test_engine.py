@@ -155,18 +155,23 @@ def test_steps_account_for_every_request_and_token(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_greedy_requests_alone_gives_what_the_reference_decoder_gives(family: str) -> None:
+    """A third of them streamed, and a third of a least length."""
     rng = random.Random(7)
-    requests = [
-        replace(random_request(rng, f"r{i}"), decoding=Decoding(max_tokens=rng.randint(1, 20)), stream=False) for i in range(60)
-    ]
+    requests = []
+    for i in range(60):
+        decoding = Decoding(max_tokens=rng.randint(5, 20), min_tokens=rng.choice([0, 0, 5]))
+        requests.append(replace(random_request(rng, f"r{i}"), decoding=decoding, stream=i % 3 == 0))
     running = engine(family)
     events = run(running, requests, rng)
     assert running.groups.all_plain
     for request in requests:
-        (hypothesis,) = events[request.id][-1].hypotheses
+        *deltas, last = events[request.id]
+        (hypothesis,) = last.hypotheses
         (wanted,) = expected(family, request)
         assert list(hypothesis.tokens) == wanted.tokens
         np.testing.assert_allclose(hypothesis.log_probabilities, wanted.log_probabilities, atol=1e-4)
+        written = zip(hypothesis.tokens, hypothesis.log_probabilities, strict=True) if request.stream else ()
+        assert deltas == [TokensReady(0, (token,), (score,)) for token, score in written]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -74,7 +74,7 @@ def test_what_no_group_asks_for_costs_no_step_anything() -> None:
     [
         pytest.param(Decoding(max_tokens=9), False, True, id="greedy"),
         pytest.param(Decoding(max_tokens=9, beams=4, min_tokens=2), False, True, id="beams"),
-        pytest.param(Decoding(max_tokens=9), True, False, id="streaming"),
+        pytest.param(Decoding(max_tokens=9), True, True, id="streaming"),
         pytest.param(Decoding(max_tokens=9, sampling=Sampling(seed=1)), False, False, id="sampling"),
         pytest.param(Decoding(max_tokens=9, stop_tokens=(7,)), False, False, id="stop tokens"),
         pytest.param(Decoding(max_tokens=9, stop_strings=("x",)), False, False, id="stop strings"),
@@ -85,8 +85,10 @@ def test_the_short_cut_is_for_groups_without_anything_to_look_after(decoding: De
     assert table.all_plain
     (group,) = table.add(replace(request("a", decoding), stream=stream))
     assert table.all_plain is plain
+    assert table.streaming == stream
     table.remove(group)
     assert table.all_plain
+    assert not table.streaming
 
 
 EVERYTHING = Decoding(
