@@ -61,7 +61,10 @@ class ServerProcess:
         return self._children("server.front_ends.front_end_process")
 
     def _children(self, module: str) -> list[int]:
-        children = " ".join(path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/children")).split()
+        children = list[str]()
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+                children += path.read_text().split()
         return [int(child) for child in children if module.encode() in command_line(child)]
 
     async def resting(self) -> Resting:
