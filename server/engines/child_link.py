@@ -60,7 +60,12 @@ class ChildLink(Generic[Message]):
                 ours.close()
                 raise
         link = cls(process, decode, on_message)
-        await link._socket.open(ours)
+        try:
+            await link._socket.open(ours)
+        except BaseException:
+            link._kill()
+            ours.close()
+            raise
         return link
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ from server.engines.engine_spec import EngineSpec
 from server.engines.in_flight import NOT_RUNNING, SHUTTING_DOWN, STOPPED
 from server.engines.in_process import InProcessEngine
 from server.engines.kept_process import Supervision
-from server.engines.message_socket import Message
+from server.engines.message_socket import LoopSocket, Message
 from server.engines.remote_engine import RemoteEngine
 from server.engines.wire import Ready
 from server.requests import Decoding, Encoded, EncodingRequest, Event, Finished, GenerationRequest, TokensReady
@@ -258,6 +259,30 @@ async def test_a_stop_during_start_up_leaves_nothing_behind(spec: EngineSpec) ->
         await start
     await engine.drain(1)
     assert not exists(pid)
+
+
+async def test_a_stop_just_after_the_process_was_spawned_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    opening = asyncio.Event()
+
+    async def open_slowly(*_: object) -> None:
+        opening.set()
+        await asyncio.Event().wait()
+
+    spawned: list[asyncio.subprocess.Process] = []
+    spawn = asyncio.create_subprocess_exec
+
+    async def watched(*command: str, **others: Any) -> asyncio.subprocess.Process:
+        spawned.append(await spawn(*command, **others))
+        return spawned[-1]
+
+    monkeypatch.setattr(LoopSocket, "open", open_slowly)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", watched)
+    start = asyncio.create_task(ChildLink.start("server.engines.engine_process", bytes, print))
+    await opening.wait()
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert await asyncio.wait_for(spawned[0].wait(), 30) == -signal.SIGKILL
 
 
 _PARENT = """
