@@ -173,6 +173,63 @@ async def test_rows_are_free_for_as_many_as_have_room_in_them() -> None:
     await leave(tasks)
 
 
+@pytest.mark.parametrize(("rows", "each", "wanting"), [(16, 1, 4), (8, 2, 1)])
+async def test_each_of_those_in_the_engine_without_rows_needs_the_end_of_another(rows: int, each: int, wanting: int) -> None:
+    now = 0.0
+    engine = Rows(rows, each=each)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    with call():
+        (first,) = enter(room, "first", beams=each)
+        await settle()
+        now += 20.0
+        engine.let_go("first")
+        assert await first == [DONE]
+        tasks = []
+        for n in range(rows // each + wanting):  # one a second, of which the last have no rows
+            now += 1.0
+            tasks += enter(room, f"r{n}", beams=each)
+            await settle()
+        began = now - wanting + 1 - rows // each
+        assert room.forecast.wait == pytest.approx(began + wanting + 20.0 - now)
+    await leave(tasks)
+
+
+@pytest.mark.parametrize(("present", "measured"), [(10, True), (9, False)])
+async def test_the_rate_is_measured_while_some_have_no_rows_though_the_queue_is_empty(present: int, measured: bool) -> None:
+    """Eight rows. Of ten requests one still has none when another has ended; of nine, each has."""
+    now = 0.0
+    engine = Rows(8)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    tasks = enter(room, *(f"r{n}" for n in range(present)))
+    for n in range(20):
+        await settle()
+        now += 1.0
+        engine.let_go(f"r{n}")
+        await settle()
+        tasks += enter(room, f"r{present + n}")
+    await settle()
+    with call():
+        assert room.forecast.per_second == (pytest.approx(1.0) if measured else None)
+    await leave(tasks)
+
+
+async def test_rows_that_are_too_few_for_one_as_wide_as_the_others_are_no_room() -> None:
+    now = 0.0
+    engine = Rows(13, each=8)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    tasks = enter(room, "r0", beams=8)
+    await settle()
+    with call():
+        assert room.forecast.wait == 0.0, "nothing is known"
+        now += 5.0
+        engine.let_go("r0")
+        assert await asyncio.gather(*tasks) == [[DONE]]
+        tasks = enter(room, "r1", beams=8)
+        await settle()
+        assert room.forecast.wait == pytest.approx(5.0), "five rows are free"
+    await leave(tasks)
+
+
 @pytest.mark.parametrize(("live", "counts"), [(8, True), (7, True), (6, False), (1, False)])
 async def test_what_a_request_takes_is_measured_where_most_rows_are_taken(live: int, counts: bool) -> None:
     """Whoever would have to wait may be refused, so a crowd need not have a queue. Of eight rows, six are three quarters."""

@@ -126,6 +126,30 @@ async def test_what_the_engine_has_not_said_yet_counts_with_its_width() -> None:
     await leave(tasks)
 
 
+async def test_rows_that_are_free_with_a_later_report_are_given_then() -> None:
+    class Stepping(Rows):
+        stepping = True
+
+        def _report(self) -> None:
+            if self.stepping:
+                super()._report()
+
+    engine = Stepping(8)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, *(f"r{n}" for n in range(12)))
+    await settle()
+    assert len(engine.submitted) == 10
+    engine.stepping = False
+    tasks[0].cancel()
+    await settle()
+    assert len(engine.submitted) == 10, "the engine still counts its row"
+    engine.stepping = True
+    engine._report()
+    await settle()
+    assert names(engine)[10:] == ["r10"]
+    await leave(tasks)
+
+
 async def test_who_leaves_while_waiting_never_reaches_the_engine() -> None:
     engine = Rows(1)
     room = WaitingRoom(engine, AdmissionLimits())
