@@ -11,7 +11,7 @@ import logging
 import socket
 import struct
 from collections.abc import Callable
-from typing import Generic, Self, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from server.engines.wire import WireError
 
@@ -78,7 +78,7 @@ class LoopSocket(asyncio.Protocol, Generic[Message]):
 
     Args:
         decode: raises WireError for what is no message.
-        on_message: told of every message, in the event loop.
+        on_message: told of every message, in the event loop; an exception of its own ends the connection.
         on_nonsense: called once when something else arrives; nothing is read after that.
     """
 
@@ -91,9 +91,8 @@ class LoopSocket(asyncio.Protocol, Generic[Message]):
         self.ended = asyncio.get_running_loop().create_future()
         """Done when all that was said at the other end has been heard and it is gone, or this one was closed."""
 
-    async def open(self, end: socket.socket) -> Self:
+    async def open(self, end: socket.socket) -> None:
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=end)
-        return self
 
     def send(self, data: bytes) -> None:
         """Does not wait; what cannot be delivered any more is lost."""

@@ -124,6 +124,22 @@ async def test_nothing_is_read_after_nonsense() -> None:
     ends.other.close()
 
 
+async def test_a_message_that_cannot_be_dealt_with_ends_the_connection() -> None:
+    """Rather than to go on as if it had not come: the other end is replaced, and callers are told."""
+    ours, other = socket.socketpair()
+    end = LoopSocket(decode, lambda message: heard.append(1 // len(message)), print)
+    heard: list[int] = []
+    await end.open(ours)
+    blocking = BlockingSocket(other)
+    for message in (b"x", b"", b"y"):
+        blocking.send(message)
+    await asyncio.wait_for(end.ended, 10)
+    assert heard == [1]
+    with pytest.raises(EOFError):
+        blocking.receive(wait=True)
+    other.close()
+
+
 async def test_what_was_sent_is_delivered_though_the_end_is_closed() -> None:
     ends = await Ends().open()
     blocking = BlockingSocket(ends.other)
