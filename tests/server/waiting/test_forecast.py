@@ -256,7 +256,8 @@ async def test_what_a_request_takes_is_measured_where_most_rows_are_taken(live: 
     await leave(tasks)
 
 
-async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
+async def one_row_that_takes_three_seconds() -> tuple[Rows, WaitingRoom]:
+    """As the first request has shown; from then on time stands still."""
     now = 0.0
     engine = Rows(1)
     room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
@@ -265,6 +266,11 @@ async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
     now += 3.0
     engine.let_go("first")
     assert await first == [DONE]
+    return engine, room
+
+
+async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
+    engine, room = await one_row_that_takes_three_seconds()
     tasks = enter(room, "r0", "r1")
     with call(seconds=2.0):
         tasks.append(asyncio.create_task(collect(room, "hurried")))
@@ -295,14 +301,7 @@ async def test_little_time_is_left_to_the_engine_while_nothing_is_known() -> Non
 
 
 async def test_little_time_may_be_enough_where_nobody_else_waits() -> None:
-    now = 0.0
-    engine = Rows(1)
-    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
-    (first,) = enter(room, "first")
-    await settle()
-    now += 3.0
-    engine.let_go("first")
-    assert await first == [DONE]
+    engine, room = await one_row_that_takes_three_seconds()
     with call(seconds=2.0):
         hurried = asyncio.create_task(collect(room, "hurried"))
     await settle()
