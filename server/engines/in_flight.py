@@ -21,6 +21,41 @@ NOT_RUNNING = Failed(Failure.ENGINE, "the engine is not running")
 STOPPED = Failed(Failure.ENGINE, "the engine stopped while it worked on this request")
 
 
+class _Outbox:
+    """Events on their way to one reader.
+
+    Tokens are put to those of the same hypothesis that the reader has not taken yet: one who is behind gets fewer and larger
+    pieces, and no more waits for anybody than an output is long.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, TokensReady] = {}
+        """By hypothesis, in the order in which they began to wait."""
+        self._last: Event | None = None
+        self._arrived = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        if not isinstance(event, TokensReady):
+            self._last = event
+        elif (before := self._tokens.get(event.hypothesis)) is None:
+            self._tokens[event.hypothesis] = event
+        else:
+            tokens, scores = before.tokens + event.tokens, before.log_probabilities + event.log_probabilities
+            self._tokens[event.hypothesis] = TokensReady(event.hypothesis, tokens, scores)
+        self._arrived.set()
+
+    async def get(self) -> Event:
+        """The next event, when there is one; not to be called after the last one."""
+        await self._arrived.wait()
+        if not self._tokens:
+            assert self._last is not None
+            return self._last
+        event = self._tokens.pop(next(iter(self._tokens)))
+        if not self._tokens and self._last is None:
+            self._arrived.clear()
+        return event
+
+
 class InFlight:
     """Lives in the event loop; nothing here is shared with another thread."""
 
@@ -30,7 +65,7 @@ class InFlight:
         self.draining = False
         self.live_rows = self.live_requests = 0
         """As of the engine's last step."""
-        self._outboxes: dict[str, asyncio.Queue[Event]] = {}
+        self._outboxes: dict[str, _Outbox] = {}
         self._unanswered: dict[str, int] = {}
         """Input tokens of each request whose last event has not come yet; one that has come may still wait for its reader."""
         self._tokens = 0
@@ -58,7 +93,7 @@ class InFlight:
         if self.draining or not self.alive:
             yield SHUTTING_DOWN if self.draining else NOT_RUNNING
             return
-        outbox = self._outboxes[request.id] = asyncio.Queue[Event]()
+        outbox = self._outboxes[request.id] = _Outbox()
         self._unanswered[request.id] = len(request.input_ids)
         self._tokens += len(request.input_ids)
         self._idle.clear()
@@ -77,26 +112,26 @@ class InFlight:
             if not forgotten and self._forget(request.id) and self.alive:  # left before the end
                 send(request.id)
 
-    def deliver(self, events: Iterable[Addressed], stats: StepStats) -> None:
-        """One step's news."""
+    def deliver(self, events: Iterable[Addressed], *steps: StepStats) -> None:
+        """What these steps have brought, one at least."""
         self.hand_out(events)
         if self._unanswered:
-            self.live_rows, self.live_requests = stats.live_rows, stats.live_requests
-        self._tell(stats.joined)
+            self.live_rows, self.live_requests = steps[-1].live_rows, steps[-1].live_requests
+        self._tell([request_id for stats in steps for request_id in stats.joined])
 
     def hand_out(self, events: Iterable[Addressed]) -> None:
         """To those who wait for them; what nobody waits for any more is forgotten."""
         for request_id, event in events:
             outbox = self._outboxes.get(request_id)
             if outbox is not None:
-                outbox.put_nowait(event)
+                outbox.put(event)
                 if not isinstance(event, TokensReady):
                     self._answered(request_id)
 
     def fail_all(self, failed: Failed) -> None:
         """The last event of everything that is under way."""
         for request_id in list(self._unanswered):
-            self._outboxes[request_id].put_nowait(failed)
+            self._outboxes[request_id].put(failed)
             self._answered(request_id)
         self._tell()
 

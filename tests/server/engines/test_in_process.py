@@ -63,8 +63,9 @@ class Countdown:
         return events, stats_of(len(self.left))
 
 
-def last_tokens(events: list[Event]) -> list[int]:
-    return [event.tokens[0] for event in events if isinstance(event, TokensReady)]
+def streamed(events: list[Event]) -> list[int]:
+    """The tokens, however many came at a time."""
+    return [token for event in events if isinstance(event, TokensReady) for token in event.tokens]
 
 
 async def collect(engine: InProcessEngine, request: GenerationRequest) -> list[Event]:
@@ -97,7 +98,7 @@ async def test_every_request_gets_its_own_events_and_one_last_one() -> None:
         lengths = {f"r{i}": rng.randint(1, 12) for i in range(300)}
         results = await asyncio.gather(*(collect(engine, request(name, n)) for name, n in lengths.items()))
         for events, length in zip(results, lengths.values(), strict=True):
-            assert last_tokens(events) == list(range(length - 1, -1, -1))
+            assert streamed(events) == list(range(length - 1, -1, -1))
             assert events[-1] == Finished(())
             assert sum(not isinstance(event, TokensReady) for event in events) == 1
         assert stepper.cancelled == []
@@ -129,7 +130,7 @@ async def test_real_engine_answers_many_callers_at_once() -> None:
     await engine.drain(5)
     for source, events in zip(sources, results, strict=True):
         wanted = reference.greedy(tiny.model(config), source, 12).tokens
-        assert last_tokens(events) == wanted
+        assert streamed(events) == wanted
         assert list(events[-1].hypotheses[0].tokens) == wanted
 
 
@@ -141,7 +142,7 @@ async def test_closing_the_iterator_cancels_the_request() -> None:
                 break
         await eventually(lambda: "left" in stepper.cancelled)
         assert not stepper.has_work
-        assert last_tokens(await collect(engine, request("next"))) == [2, 1, 0]
+        assert streamed(await collect(engine, request("next"))) == [2, 1, 0]
         assert stepper.cancelled == ["left"]
 
 
@@ -223,7 +224,7 @@ async def test_a_drain_lets_requests_finish_and_takes_no_new_ones() -> None:
         assert await collect(engine, request("late")) == [SHUTTING_DOWN]
         assert not drain.done()
         stepper.may_step.set()
-        assert last_tokens(await inside) == [3, 2, 1, 0]
+        assert streamed(await inside) == [3, 2, 1, 0]
         await asyncio.wait_for(drain, 5)
         assert not engine.status.alive
 
@@ -263,7 +264,7 @@ async def test_traffic_that_comes_and_goes_leaves_nothing_behind() -> None:
                 heard.append(event)
                 if len(heard) > patience:
                     break
-        assert last_tokens(heard) == list(range(length - 1, -1, -1))[: len(last_tokens(heard))]
+        assert streamed(heard) == list(range(length - 1, -1, -1))[: len(streamed(heard))]
         if len(heard) <= patience:
             assert heard[-1] == Finished(())
 
