@@ -1,7 +1,8 @@
 """An engine in a process of its own: ``python -m server.engines.engine_process DESCRIPTOR``.
 
-``server.engines.remote_engine`` starts it. It takes commands from a local socket, steps while it has work, and answers with one
-message a step. It never outlives the process that started it (``server.engines.parent``).
+``server.engines.remote_engine`` starts it. It takes commands from a local socket, steps while it has work, and reports
+after each, or after several that are shorter than a millisecond and bring only tokens. It never outlives the process that
+started it (``server.engines.parent``).
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import logging
 import signal
 import socket
 import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from export.bundle import BundleError
+from server.batch.engine import Addressed
+from server.batch.step_stats import StepStats
 from server.device.session import RuntimeUnavailable
 from server.engines.build_engine import build_engine
 from server.engines.message_socket import BlockingSocket
@@ -21,8 +26,13 @@ from server.engines.parent import die_with_parent
 from server.engines.stepper import Stepper, apply
 from server.engines.wire import Commands, Ready, Report, Start, Unavailable, WireError, decode_to_engine, encode
 from server.logs import LogLevel, configure_logging
+from server.requests import TokensReady
 
 log = logging.getLogger(__name__)
+
+_TOKENS_WAIT_SECONDS = 0.001
+"""At most, for those of the steps that follow, where these bring nothing else. To wake the process that takes a report can cost
+a quarter of a small model's step, and the message that it makes of it as much as the whole step."""
 
 
 def main(descriptor: int) -> int:
@@ -56,9 +66,10 @@ def main(descriptor: int) -> int:
         return 70
 
 
-def run(engine: Stepper, connection: BlockingSocket) -> NoReturn:
+def run(engine: Stepper, connection: BlockingSocket, clock: Callable[[], float] = time.monotonic) -> NoReturn:
     """Takes commands and steps. Raises EOFError or ConnectionError when the other end is gone."""
-    taken = 0
+    taken, reported = 0, clock()
+    events, steps = list[Addressed](), list[StepStats]()
     while True:
         received = connection.receive(wait=not engine.has_work)
         taken += len(received)
@@ -66,8 +77,19 @@ def run(engine: Stepper, connection: BlockingSocket) -> NoReturn:
             if not isinstance(message, Commands):
                 raise WireError("an engine is started once")
             apply(message.unwrap(), engine)
-        report = Report.of(taken, *engine.step()) if engine.has_work else Report.of(taken)
-        connection.send(encode(report))
+        may_wait = not received
+        if engine.has_work:
+            own, stats = engine.step()
+            events += own
+            steps.append(stats)
+            may_wait = may_wait and engine.has_work and _brings_only_tokens(own, stats)
+        if not may_wait or clock() - reported >= _TOKENS_WAIT_SECONDS:
+            connection.send(encode(Report.of(taken, events, steps)))
+            events, steps, reported = [], [], clock()
+
+
+def _brings_only_tokens(events: Sequence[Addressed], stats: StepStats) -> bool:
+    return not stats.joined and all(isinstance(event, TokensReady) for _, event in events)
 
 
 if __name__ == "__main__":

@@ -101,9 +101,10 @@ class RemoteEngine(KeptProcess[FromEngine]):
         self._last_report = time.monotonic()
         if isinstance(message, Report):
             self._taken = message.taken
-            if message.stats is not None:
-                self._in_flight.deliver(message.unwrap(), message.stats)
-                self._on_step(message.stats)
+            if message.steps:
+                self._in_flight.deliver(message.unwrap(), *message.steps)
+            for stats in message.steps:
+                self._on_step(stats)
         elif isinstance(message, Ready):
             self._in_flight.alive = True
             self._ready()

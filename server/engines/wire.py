@@ -103,17 +103,18 @@ WiredEvent: TypeAlias = _Tokens | _Finished | _Encoded | _Failed
 
 
 class Report(Message):
-    """One step's news, or only that commands have been taken."""
+    """What the steps since the last report have brought, or only that commands have been taken."""
 
     taken: int
     """Commands messages taken since the start."""
     events: tuple[WiredEvent, ...]
-    stats: StepStats | None
-    """None when there was nothing to do."""
+    """Of all these steps, in order."""
+    steps: tuple[StepStats, ...]
+    """Empty when there was nothing to do."""
 
     @classmethod
-    def of(cls, taken: int, events: Sequence[Addressed] = (), stats: StepStats | None = None) -> Report:
-        return cls(taken, wrap_events(events), stats)
+    def of(cls, taken: int, events: Iterable[Addressed], steps: Iterable[StepStats]) -> Report:
+        return cls(taken, wrap_events(events), tuple(steps))
 
     def unwrap(self) -> list[Addressed]:
         return unwrap_events(self.events)

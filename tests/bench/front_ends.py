@@ -1,8 +1,8 @@
-"""``python -m tests.bench.front_ends BUNDLE``: stream messages a second with 1 and 2 front ends.
+"""``python -m tests.bench.front_ends BUNDLE``: streamed tokens and messages a second with 1 and 2 front ends.
 
-Every output token is a message of its own, so the front end, not the model, is what is measured. The callers are processes of
-this machine and take its cores too: beside the rate stands the processor time that each kind of process spends on a message,
-which is what counts where there are cores enough.
+Short texts of a small model, so the front end, not the model, is what is measured. Tokens travel together where the front end
+is behind the engine, so it is tokens that compare. The callers are processes of this machine and take its cores too: beside the
+rates stands the processor time that each kind of process spends on a token, which is what counts where there are cores enough.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 class Round:
     """One stretch of full load."""
 
-    rate: float
-    """Messages a second."""
+    tokens: float
+    """A second."""
+    messages: float
+    """A second: those that bring tokens, and the result of each call."""
     front_ends: float
-    """Processor seconds of all processes that take calls, for each message; likewise:"""
+    """Processor seconds of all processes that take calls, for each token; likewise:"""
     owner: float
     """Of the process that keeps the queue, where that is another."""
     engines: float
@@ -45,7 +47,7 @@ async def measure(server: ServerProcess, text: str, tokens: int, seconds: float,
     context = multiprocessing.get_context("spawn")
     with context.Pool(callers) as pool:
 
-        async def load(seconds: float) -> list[tuple[int, float]]:
+        async def load(seconds: float) -> list[tuple[int, int, float]]:
             one = (server.target, text, tokens, seconds, streams // callers)
             return await asyncio.to_thread(pool.starmap, call, [one] * callers)
 
@@ -58,36 +60,38 @@ async def measure(server: ServerProcess, text: str, tokens: int, seconds: float,
         )
         elapsed = time.perf_counter() - began
         after = [processor_seconds(pids) for pids in (takers, owners, server.engines)]
-    messages = sum(count for count, _ in done)
-    spent = [(later - earlier) / messages for earlier, later in zip(before, after, strict=True)]
-    return Round(messages / elapsed, *spent, sum(own for _, own in done) / messages)
+    calls, messages, of_callers = (sum(column) for column in zip(*done, strict=True))
+    written = calls * tokens
+    spent = [(later - earlier) / written for earlier, later in zip(before, after, strict=True)]
+    return Round(written / elapsed, messages / elapsed, *spent, of_callers / written)
 
 
-def call(target: str, text: str, tokens: int, seconds: float, streams: int) -> tuple[int, float]:
-    """Messages that came in this process, and the processor seconds that it took. The messages are not parsed."""
+def call(target: str, text: str, tokens: int, seconds: float, streams: int) -> tuple[int, int, float]:
+    """Answered calls of this process, their messages, which are not parsed, and the processor seconds that it took."""
     request = pb.GenerateRequest(
         inputs=[pb.Input(text=text)], options=pb.GenerationOptions(beams=1, max_tokens=tokens, min_tokens=tokens)
     ).SerializeToString()
 
-    async def run() -> int:
-        count, end = 0, time.perf_counter() + seconds
+    async def run() -> tuple[int, int]:
+        calls, messages, end = 0, 0, time.perf_counter() + seconds
 
         async def stream(channel: grpc.aio.Channel) -> None:
-            nonlocal count
+            nonlocal calls, messages
             method = channel.unary_stream("/transformer.v1.Transformer/GenerateStream")
             while time.perf_counter() < end:
                 async for _ in method(request, timeout=30):
-                    count += 1
+                    messages += 1
+                calls += 1
 
         # Connections of their own, so that the kernel spreads them over the front ends.
         options = [("grpc.use_local_subchannel_pool", 1)]
         channels = [grpc.aio.insecure_channel(target, options=options) for _ in range(min(8, streams))]
         await asyncio.gather(*(stream(channels[number % len(channels)]) for number in range(streams)))
         await asyncio.gather(*(channel.close() for channel in channels))
-        return count
+        return calls, messages
 
     began = time.process_time()
-    return asyncio.run(run()), time.process_time() - began
+    return *asyncio.run(run()), time.process_time() - began
 
 
 def processor_seconds(pids: Sequence[int]) -> float:
@@ -114,16 +118,20 @@ def main(
         async with server_process(bundle, *options) as server:
             return [await measure(server, text, tokens, seconds, callers, streams) for _ in range(rounds)]
 
-    print("| front ends | messages/s | processor time a message, µs: front ends | queue's owner | engine | callers |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    print("| front ends | tokens/s | messages/s | processor time a token, µs: front ends | queue's owner | engine | callers |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
     for count in front_ends or (1, 2):
         found = asyncio.run(run(count))
-        rates = [one.rate for one in found]
-        costs = [
-            statistics.median(getattr(one, who) for one in found) * 1e6 for who in ("front_ends", "owner", "engines", "callers")
-        ]
-        shown = " | ".join(f"{cost:.0f}" for cost in costs)
-        print(f"| {count} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | {shown} |", flush=True)
+        rates = [ranged([one.tokens for one in found]), ranged([one.messages for one in found])]
+        spent = (
+            f"{statistics.median(getattr(one, who) for one in found) * 1e6:.0f}"
+            for who in ("front_ends", "owner", "engines", "callers")
+        )
+        print(f"| {count} | {' | '.join([*rates, *spent])} |", flush=True)
+
+
+def ranged(rates: Sequence[float]) -> str:
+    return f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
 
 
 if __name__ == "__main__":

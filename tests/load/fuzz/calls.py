@@ -7,7 +7,7 @@ import random
 import string
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -170,5 +170,16 @@ class Canary:
     async def _answer(self, method: str, request: bytes) -> tuple[bytes, ...]:
         path = f"/{SERVICE}/{method}"
         if method.endswith("Stream"):
-            return tuple([piece async for piece in self._channel.unary_stream(path)(request, timeout=_CANARY_SECONDS)])
+            return joined([piece async for piece in self._channel.unary_stream(path)(request, timeout=_CANARY_SECONDS)])
         return (await self._channel.unary_unary(path)(request, timeout=_CANARY_SECONDS),)
+
+
+def joined(pieces: Sequence[bytes]) -> tuple[bytes, ...]:
+    """A stream of one output: its text, its tokens, its results. How many of them a message brings may change."""
+    messages = [pb.GenerateStreamResponse.FromString(piece) for piece in pieces]
+    deltas = [message.delta for message in messages if message.HasField("delta")]
+    return (
+        "".join(delta.text for delta in deltas).encode(),
+        *(token.SerializeToString() for delta in deltas for token in delta.tokens),
+        *(message.result.SerializeToString() for message in messages if message.HasField("result")),
+    )

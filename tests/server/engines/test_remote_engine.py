@@ -57,6 +57,13 @@ async def collect(engine: EngineClient, request: GenerationRequest | EncodingReq
         return [event async for event in events]
 
 
+def gathered(events: list[Event]) -> tuple[list[int], list[float], Event]:
+    """Streamed tokens and their log-probabilities, however many came at a time, and the last event."""
+    ready = [event for event in events if isinstance(event, TokensReady)]
+    tokens, scores = [t for event in ready for t in event.tokens], [p for event in ready for p in event.log_probabilities]
+    return tokens, scores, events[-1]
+
+
 async def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
@@ -90,11 +97,11 @@ async def test_it_answers_as_the_same_engine_in_this_process_does(spec: EngineSp
     requests = [request(f"r{n}", n, stream=bool(n % 2)) for n in range(1, 17)]
     here = InProcessEngine("here", lambda: build_engine(spec), lambda stats: None)
     await here.start()
-    wanted = await asyncio.gather(*(collect(here, one) for one in requests))
+    wanted = [gathered(events) for events in await asyncio.gather(*(collect(here, one) for one in requests))]
     await here.drain(1)
     steps: list[StepStats] = []
     async with running(spec, steps.append) as (engine, losses):
-        assert await asyncio.gather(*(collect(engine, one) for one in requests)) == wanted
+        assert [gathered(events) for events in await asyncio.gather(*(collect(engine, one) for one in requests))] == wanted
         assert engine.status.waiting_requests == engine.status.live_rows == 0
         assert (engine.status.row_capacity, engine.status.engines_up) == (4, 1)
         assert max(stats.rows for stats in steps) == 4
@@ -125,7 +132,7 @@ async def test_kill_ends_what_is_in_flight_and_another_process_serves(
 ) -> None:
     async with running(spec) as (engine, losses):
         for round in range(3):
-            tasks = [asyncio.create_task(collect(engine, request(f"{round}-{n}"))) for n in range(60)]
+            tasks = [asyncio.create_task(collect(engine, request(f"{round}-{n}"))) for n in range(400)]
             await eventually(lambda: engine.status.live_requests > 0)
             before = engine.pid
             assert before is not None
