@@ -77,7 +77,8 @@ class Forecast:
     """What a call can expect."""
 
     wait: float
-    """Seconds until its requests have rows, as far as is known."""
+    """Seconds until the last of its requests has rows, behind those that are on the way; 0 where it has them at once, or
+    nothing is known."""
     seconds_each: float
     """Seconds for which a request has its rows, which few requests exceed; 0 while not known."""
     per_second: float | None
@@ -111,6 +112,11 @@ class Admission:
         """On the way, by tenant."""
         self._tokens: Counter[str] = Counter()
 
+    @property
+    def on_the_way(self) -> int:
+        """Requests that have been admitted and not handed over."""
+        return self._requests.total()
+
     @contextmanager
     def admit(self, demand: Demand, waiting: Waiting, forecast: Forecast) -> Iterator[None]:
         """Holds a place for a call's requests until they are handed over, which is the end of the block.
@@ -136,7 +142,7 @@ class Admission:
     def check(self, demand: Demand, waiting: Waiting, forecast: Forecast) -> None:
         """As ``admit``, and holds no place. Raises Refused."""
         most = self._limits.max_waiting_requests, self._limits.max_waiting_tokens
-        requests, tokens = waiting.requests + self._requests.total(), waiting.tokens + self._tokens.total()
+        requests, tokens = waiting.requests + self.on_the_way, waiting.tokens + self._tokens.total()
         if over := _beyond(most, requests, tokens, demand):
             raise Refused(
                 f"the server is busy: {requests} requests of {tokens} tokens are waiting", self._until_served(over, forecast)
@@ -152,12 +158,9 @@ class Admission:
         self._check_deadline(demand, forecast)
 
     def _check_deadline(self, demand: Demand, forecast: Forecast) -> None:
-        wait = forecast.wait
-        if forecast.per_second and wait:
-            wait += (self._requests.total() + demand.requests - 1) / forecast.per_second
-        late = _CAUTION * wait + forecast.seconds_each - demand.seconds_left
-        if wait and late > 0:
-            expected, left = wait + forecast.seconds_each, demand.seconds_left
+        late = _CAUTION * forecast.wait + forecast.seconds_each - demand.seconds_left
+        if forecast.wait and late > 0:
+            expected, left = forecast.wait + forecast.seconds_each, demand.seconds_left
             raise Refused(
                 f"the answer would take about {expected:.3g} s, and there are {left:.3g} s left",
                 min(_LONGEST_RETRY, max(_SHORTEST_RETRY, late)),

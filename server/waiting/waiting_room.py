@@ -99,18 +99,20 @@ class WaitingRoom:
             waiting_tokens=status.waiting_tokens + sum(use.waiting_tokens for use in self._use.values()),
         )
 
-    @property
-    def forecast(self) -> Forecast:
-        """For a request of the call that is running now."""
+    def forecast(self, more: int = 0) -> Forecast:
+        """For a request of the call that is running now, with so many more ahead of it than are in the queue."""
         name, tenant, priority = self._caller
         ahead, per_second = self._queue.ahead_of(name, weight=tenant.weight, priority=priority), self._rate.per_second
-        wait = self._wait(0 if self._has_room else ahead)  # with room, only their tenants' own bounds keep them
-        if tenant.max_rows is not None and self._rate.seconds_each and (own := self._queue.waiting_of(name)):
-            use = self._use[name]
-            at_once = max(1.0, tenant.max_rows * use.requests / max(1, use.rows))
-            own_per_second = at_once / self._rate.seconds_each
-            per_second = own_per_second if per_second is None else min(per_second, own_per_second)
-            wait = max(wait, own / per_second)
+        wait = self._wait((0 if self._has_room else ahead) + more)  # with room, only their tenants' own bounds keep them
+        if tenant.max_rows is not None and self._rate.seconds_each:
+            use, own = self._use[name], self._queue.waiting_of(name)
+            rows_each = use.rows / use.requests if use.requests else self._rows_each
+            at_once = max(1.0, tenant.max_rows / rows_each)
+            own_ahead = own + more if own else max(0.0, use.requests + more + 1 - at_once)
+            if own_ahead:
+                own_per_second = at_once / self._rate.seconds_each
+                per_second = own_per_second if per_second is None else min(per_second, own_per_second)
+                wait = max(wait, own_ahead / per_second)
         return Forecast(wait=wait, seconds_each=self._rate.most_seconds_each, per_second=per_second)
 
     def check(self) -> None:
@@ -177,13 +179,20 @@ class WaitingRoom:
         return status.row_capacity - status.live_rows - self._occupancy.rows_wanted
 
     @property
+    def _rows_each(self) -> float:
+        """Of a request, on average: who comes is as those who are there."""
+        status, occupancy = self._engine.status, self._occupancy
+        requests, rows = status.live_requests + occupancy.wanting, status.live_rows + occupancy.rows_wanted
+        return max(1.0, rows / max(1, requests))
+
+    @property
     def _is_hopeless(self) -> bool:
         """The running call's answer would come after its deadline: nothing is computed for it."""
         call = current_call.get(None)
         return call is not None and call.seconds_left < (self._rate.seconds_each or 0.0) and self.status.waiting_requests > 0
 
     def _situation(self, *, requests: int, tokens: int) -> tuple[Demand, Waiting, Forecast]:
-        """What the running call asks for, what it finds, and what it can expect."""
+        """What the running call asks for, what it finds, and what the last of its requests can expect."""
         (name, _, _), status = self._caller, self.status
         demand = Demand(tenant=name, requests=requests, tokens=tokens, seconds_left=current_call.get().seconds_left)
         waiting = Waiting(
@@ -192,20 +201,18 @@ class WaitingRoom:
             own_requests=self._queue.waiting_of(name),
             own_tokens=self._use[name].waiting_tokens,
         )
-        return demand, waiting, self.forecast
+        return demand, waiting, self.forecast(self._admission.on_the_way + requests - 1)
 
     def _wait(self, ahead: int) -> float:
         """Seconds until one has rows that has so many ahead of it in the queue; 0 when some are free, or nothing is known.
 
         By the rate, or by when those that have rows will have ended, whichever is later.
         """
-        status, occupancy, each = self._engine.status, self._occupancy, self._rate.seconds_each
-        requests, rows = status.live_requests + occupancy.wanting, status.live_rows + occupancy.rows_wanted
-        rows_each = max(1.0, rows / max(1, requests))  # who comes is as those who are there
-        ends = math.ceil(ahead + 1 - self._free_rows / rows_each)
-        if ends < 1 or not status.row_capacity:
+        each = self._rate.seconds_each
+        ends = math.ceil(ahead + 1 - self._free_rows / self._rows_each)
+        if ends < 1 or not self._engine.status.row_capacity:
             return 0.0
-        return max(self._rate.wait(ends - 1), occupancy.until_ended(ends, each, self._clock()) if each else 0.0)
+        return max(self._rate.wait(ends - 1), self._occupancy.until_ended(ends, each, self._clock()) if each else 0.0)
 
     def _may_go(self, visit: _Visit) -> bool:
         """Its tenant may hold these rows too."""

@@ -73,7 +73,7 @@ class Rules:
 
     def _reasons(self, call: Call, tenant: str, requests: int, tokens: int) -> list[_Reason]:
         """In the order in which they are told."""
-        status, forecast, reasons = self.room.status, self.room.forecast, list[_Reason]()
+        status, forecast, reasons = self.room.status, self.room.forecast(self._requests + requests - 1), list[_Reason]()
         waiting, waiting_tokens = status.waiting_requests + self._requests, status.waiting_tokens + self._tokens
         over = waiting + requests - self.limits.max_waiting_requests
         over_tokens = waiting_tokens + tokens - self.limits.max_waiting_tokens
@@ -88,10 +88,9 @@ class Rules:
             seconds = self._until_served(max(over, over_tokens * own / max(1, own_tokens)), forecast)
             reasons.append(_Reason("too much of the tenant's waits", seconds, seconds))
         if forecast.wait:
-            wait = forecast.wait
-            if forecast.per_second:
-                wait += (self._requests + requests - 1) / forecast.per_second
-            late, perhaps_late = (times * wait + forecast.seconds_each - call.seconds_left for times in (1.0, _CAUTION))
+            late, perhaps_late = (
+                times * forecast.wait + forecast.seconds_each - call.seconds_left for times in (1.0, _CAUTION)
+            )
             if perhaps_late > 0:
                 reasons.append(_Reason("it would be late", _bounded(late), _bounded(perhaps_late), compels=late > 0))
         return reasons

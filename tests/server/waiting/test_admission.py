@@ -98,8 +98,6 @@ def test_a_call_that_would_be_late_is_refused_at_once() -> None:
     ):
         pass
     assert refused.value.retry_after == 1.0, "a wait that turns out half as long again would still be in time then"
-    with pytest.raises(Refused), admit(Admission(LIMITS), status(5, 5), requests=5, forecast=forecast, seconds_left=2.3):
-        pass  # the last of five comes 0.4 s later
 
 
 def test_without_a_wait_no_deadline_is_too_short() -> None:

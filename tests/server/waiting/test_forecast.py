@@ -42,10 +42,11 @@ async def test_the_wait_of_a_tenant_with_few_rows_is_its_own() -> None:
         engine.let_go(f"b{first}", f"b{first + 1}")
     await settle()
     with call("batch"):
-        assert room.forecast.wait == pytest.approx(5 * 0.5, rel=0.2), "two have just begun, and eight are ahead"
-        assert room.forecast.per_second == pytest.approx(4.0, rel=0.2)
+        assert room.forecast().wait == pytest.approx(5 * 0.5, rel=0.2), "two have just begun, and eight are ahead"
+        assert room.forecast().per_second == pytest.approx(4.0, rel=0.2)
+        assert room.forecast(4).wait - room.forecast().wait == pytest.approx(4 / 4.0, rel=0.2), "four more ahead"
     with call(""):
-        assert room.forecast.wait == 0.0
+        assert room.forecast().wait == 0.0
     await leave(tasks)
 
 
@@ -65,7 +66,64 @@ async def test_a_tenant_can_expect_all_the_rows_that_it_may_hold(most: int, per_
     await settle()
     assert names(engine)[5:] == ["b0"]
     with call("batch"):
-        assert room.forecast.per_second == per_second
+        assert room.forecast().per_second == per_second
+    await leave(tasks)
+
+
+async def test_a_call_waits_for_rows_for_the_last_of_its_inputs() -> None:
+    """Four rows, five seconds each; one is taken."""
+    now = 0.0
+    engine = Rows(4)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    (first,) = enter(room, "first")
+    await settle()
+    now += 5.0
+    engine.let_go("first")
+    assert await first == [DONE]
+    tasks = enter(room, "other")
+    await settle()
+    now += 1.0
+    few, many = [[request(f"{count}.{n}") for n in range(count)] for count in (3, 4)]
+    with call(seconds=5.5), room.admit(few):
+        pass
+    with call(seconds=10.0), pytest.raises(Refused, match="about 9 s"), room.admit(many):
+        pass  # 4 s until one row more is free, and 5 s
+    with call(seconds=12.0), room.admit(many):
+        pass
+    with call(seconds=10.0), room.admit(few), pytest.raises(Refused), room.admit([request("next")]):
+        pass  # those that are on the way come first
+    await leave(tasks)
+
+
+async def test_a_call_of_more_inputs_than_its_tenant_may_hold_rows_waits_for_its_own() -> None:
+    now = 0.0
+    engine = Rows(100)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=2)}), clock=lambda: now)
+    (first,) = enter(room, "first", tenant="batch")
+    await settle()
+    now += 5.0
+    engine.let_go("first")
+    assert await first == [DONE]
+    waits = []
+    with call("batch"):
+        waits += [room.forecast(inputs - 1).wait for inputs in (1, 2, 3, 4)]
+    assert waits == [0.0, 0.0, pytest.approx(2.5), pytest.approx(5.0)], "two in five seconds"
+    with call(""):
+        assert room.forecast(3).wait == 0.0
+
+
+async def test_who_comes_first_of_a_tenant_is_thought_as_wide_as_the_others_are() -> None:
+    """Of four rows that it may hold, two requests of two take all."""
+    now = 0.0
+    engine = Rows(100, each=2)
+    room = WaitingRoom(engine, AdmissionLimits(tenants={"batch": Tenant(max_rows=4)}), clock=lambda: now)
+    tasks = enter(room, "first", "second", beams=2)
+    await settle()
+    now += 5.0
+    engine.let_go("first")
+    await settle()
+    with call("batch"):
+        assert [room.forecast(inputs - 1).wait for inputs in (2, 3)] == [0.0, pytest.approx(2.5)]
     await leave(tasks)
 
 
@@ -80,9 +138,9 @@ async def test_where_one_row_serves_no_turn_comes_before_all_others_have_had_the
         engine.let_go(f"r{n}")
     await settle()
     with call():
-        assert 3.0 <= room.forecast.wait < 5.0, "one has just begun, and two are ahead"
+        assert 3.0 <= room.forecast().wait < 5.0, "one has just begun, and two are ahead"
         now += 20.0
-        assert room.forecast.wait == pytest.approx(2.0, rel=0.05), "late as that one is, two others are to be served"
+        assert room.forecast().wait == pytest.approx(2.0, rel=0.05), "late as that one is, two others are to be served"
     await leave(tasks)
 
 
@@ -97,7 +155,7 @@ async def test_a_call_that_would_be_late_is_refused_and_another_tenants_is_not()
         engine.let_go(f"a{n}")
         await settle()
     with call("a"):
-        assert room.forecast.per_second == pytest.approx(1.0, rel=0.05)
+        assert room.forecast().per_second == pytest.approx(1.0, rel=0.05)
     with call("a", seconds=10.0), pytest.raises(Refused, match="the answer would take about"), room.admit([request("x")]):
         pass
     with call("b", seconds=10.0), room.admit([request("x")]):
@@ -119,7 +177,7 @@ async def test_after_a_burst_nobodys_turn_comes_before_it_ends() -> None:
     await settle()
     now += 0.1
     with call():
-        forecast = room.forecast
+        forecast = room.forecast()
         assert forecast.per_second is not None
         assert 6 / forecast.per_second < 0.6, "six ahead, ten in a second"
         assert forecast.wait == pytest.approx(0.9), "but all have just begun"
@@ -142,7 +200,7 @@ async def test_who_goes_to_the_engine_before_rows_are_free_waits_there() -> None
         tasks += enter(room, name)
         await settle()
         with call():
-            waits.append(room.forecast.wait)
+            waits.append(room.forecast().wait)
     assert waits[:7] == [0.0] * 7
     assert waits[7:] == [pytest.approx(5.0 - 0.7), pytest.approx(5.0 - 0.7)], (
         "the first, and the second end 5 s after they began"
@@ -168,7 +226,7 @@ async def test_rows_are_free_for_as_many_as_have_room_in_them() -> None:
         tasks += enter(room, name, beams=2)
         await settle()
         with call():
-            waits.append(room.forecast.wait)
+            waits.append(room.forecast().wait)
     assert waits == [0.0, 0.0, 0.0, pytest.approx(5.0)]
     await leave(tasks)
 
@@ -190,7 +248,7 @@ async def test_each_of_those_in_the_engine_without_rows_needs_the_end_of_another
             tasks += enter(room, f"r{n}", beams=each)
             await settle()
         began = now - wanting + 1 - rows // each
-        assert room.forecast.wait == pytest.approx(began + wanting + 20.0 - now)
+        assert room.forecast().wait == pytest.approx(began + wanting + 20.0 - now)
     await leave(tasks)
 
 
@@ -209,7 +267,7 @@ async def test_the_rate_is_measured_while_some_have_no_rows_though_the_queue_is_
         tasks += enter(room, f"r{present + n}")
     await settle()
     with call():
-        assert room.forecast.per_second == (pytest.approx(1.0) if measured else None)
+        assert room.forecast().per_second == (pytest.approx(1.0) if measured else None)
     await leave(tasks)
 
 
@@ -220,13 +278,13 @@ async def test_rows_that_are_too_few_for_one_as_wide_as_the_others_are_no_room()
     tasks = enter(room, "r0", beams=8)
     await settle()
     with call():
-        assert room.forecast.wait == 0.0, "nothing is known"
+        assert room.forecast().wait == 0.0, "nothing is known"
         now += 5.0
         engine.let_go("r0")
         assert await asyncio.gather(*tasks) == [[DONE]]
         tasks = enter(room, "r1", beams=8)
         await settle()
-        assert room.forecast.wait == pytest.approx(5.0), "five rows are free"
+        assert room.forecast().wait == pytest.approx(5.0), "five rows are free"
     await leave(tasks)
 
 
@@ -244,7 +302,7 @@ async def test_what_a_request_takes_is_measured_where_most_rows_are_taken(live: 
     engine.let_go(*(f"r{n}" for n in range(1, 9)))
     await asyncio.gather(*tasks)
     with call():
-        assert room.forecast.seconds_each == pytest.approx(4.0)
+        assert room.forecast().seconds_each == pytest.approx(4.0)
     now = 10.0
     tasks = enter(room, *(f"s{n}" for n in range(live)))
     await settle()
@@ -252,7 +310,7 @@ async def test_what_a_request_takes_is_measured_where_most_rows_are_taken(live: 
     engine.let_go("s0")
     await settle()
     with call():
-        assert (room.forecast.seconds_each != pytest.approx(4.0)) is counts
+        assert (room.forecast().seconds_each != pytest.approx(4.0)) is counts
     await leave(tasks)
 
 
