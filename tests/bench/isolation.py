@@ -38,44 +38,56 @@ class Figures:
 
     single: list[float] = field(default_factory=list)
     """Median seconds of a request alone."""
+    outside: list[float] = field(default_factory=list)
+    """Of these, median seconds outside the engine's steps."""
     rate: list[float] = field(default_factory=list)
     """Requests a second with many in flight."""
 
 
-async def run_one(engine: EngineClient, request: GenerationRequest) -> None:
-    async with aclosing(engine.submit(request)) as events:
-        async for _ in events:
-            pass
+@dataclass(slots=True)
+class Contender:
+    """One kind of engine, and what its steps have taken."""
+
+    engine: EngineClient
+    in_steps: list[float]
+
+    async def run(self, request: GenerationRequest) -> None:
+        async with aclosing(self.engine.submit(request)) as events:
+            async for _ in events:
+                pass
+
+    async def time(self, request: GenerationRequest) -> tuple[float, float]:
+        """Seconds of a request alone, and those of them outside the steps."""
+        self.in_steps.clear()
+        began = time.perf_counter()
+        await self.run(request)
+        seconds = time.perf_counter() - began
+        return seconds, seconds - sum(self.in_steps)
 
 
-async def seconds_of(engine: EngineClient, request: GenerationRequest) -> float:
-    began = time.perf_counter()
-    await run_one(engine, request)
-    return time.perf_counter() - began
-
-
-async def rate_of(engine: EngineClient, requests: list[GenerationRequest], at_once: int) -> float:
+async def rate_of(one: Contender, requests: list[GenerationRequest], at_once: int) -> float:
     queue = iter(requests)
 
     async def caller() -> None:
         for request in queue:
-            await run_one(engine, request)
+            await one.run(request)
 
     began = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(at_once)))
     return len(requests) / (time.perf_counter() - began)
 
 
-async def measure(engines: dict[str, EngineClient], requests: list[GenerationRequest], at_once: int) -> dict[str, Figures]:
+async def measure(both: dict[str, Contender], requests: list[GenerationRequest], at_once: int) -> dict[str, Figures]:
     """One round of each kind of load; whose turn is first changes from request to request, and from round to round."""
-    turn = list(engines)
-    seconds: dict[str, list[float]] = {kind: [] for kind in engines}
+    turn = list(both)
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in both}
     for request in requests[: len(requests) // 8]:
         turn.reverse()
         for kind in turn:
-            seconds[kind].append(await seconds_of(engines[kind], request))
-    rates = {kind: await rate_of(engines[kind], requests, at_once) for kind in turn}
-    return {kind: Figures([statistics.median(seconds[kind])], [rates[kind]]) for kind in engines}
+            times[kind].append(await both[kind].time(request))
+    rates = {kind: await rate_of(both[kind], requests, at_once) for kind in turn}
+    medians = {kind: [[statistics.median(column)] for column in zip(*times[kind], strict=True)] for kind in both}
+    return {kind: Figures(*medians[kind], [rates[kind]]) for kind in both}
 
 
 def requests_for(bundle: Bundle, count: int, stream: bool) -> list[GenerationRequest]:
@@ -96,22 +108,26 @@ def requests_for(bundle: Bundle, count: int, stream: bool) -> list[GenerationReq
 async def compare(path: Path, precision: str, rounds: int, count: int, at_once: int, stream: bool) -> dict[str, Figures]:
     bundle = open_bundle(path)
     spec = EngineSpec(bundle=str(path), fingerprint=bundle.fingerprint, precision=precision, rows=32, device="cpu", threads=1)
-    engines: dict[str, EngineClient] = {
-        "in-process": InProcessEngine("here", partial(build_engine, spec), lambda stats: None),
-        "process": RemoteEngine("there", spec, lambda stats: None),
+    here, there = list[float](), list[float]()
+    both = {
+        "in-process": Contender(
+            InProcessEngine("here", partial(build_engine, spec), lambda stats: here.append(stats.seconds)), here
+        ),
+        "process": Contender(RemoteEngine("there", spec, lambda stats: there.append(stats.seconds)), there),
     }
     requests = requests_for(bundle, count, stream)
-    figures = {kind: Figures() for kind in engines}
-    for engine in engines.values():
-        await engine.start()
-    await measure(engines, requests[:64], at_once)  # warm
+    figures = {kind: Figures() for kind in both}
+    for one in both.values():
+        await one.engine.start()
+    await measure(both, requests[:64], at_once)  # warm
     for number in range(rounds):
-        order = dict(sorted(engines.items(), reverse=number % 2 == 1))
+        order = dict(sorted(both.items(), reverse=number % 2 == 1))
         for kind, own in (await measure(order, requests, at_once)).items():
             figures[kind].single += own.single
+            figures[kind].outside += own.outside
             figures[kind].rate += own.rate
-    for engine in engines.values():
-        await engine.drain(5)
+    for one in both.values():
+        await one.engine.drain(5)
     return figures
 
 
@@ -132,17 +148,19 @@ def main(
 ) -> None:
     figures = asyncio.run(compare(bundle or shape_bundle(shape), precision, rounds, requests, at_once, stream))
     for kind, own in figures.items():
-        single, rate = statistics.median(own.single) * 1000, statistics.median(own.rate)
+        single, outside, rate = (statistics.median(values) for values in (own.single, own.outside, own.rate))
         print(
-            f"{kind:10}: alone {single:7.2f} ms ({min(own.single) * 1000:.2f} to {max(own.single) * 1000:.2f});"
+            f"{kind:10}: alone {single * 1000:7.2f} ms ({min(own.single) * 1000:.2f} to {max(own.single) * 1000:.2f}),"
+            f" {outside * 1000:.2f} outside its steps;"
             f" {at_once} in flight: {rate:7.1f} requests/s ({min(own.rate):.1f} to {max(own.rate):.1f})"
         )
     here, there = figures["in-process"], figures["process"]
     added = sorted((b - a) * 1000 for a, b in zip(here.single, there.single, strict=True))
+    outside = statistics.median(b - a for a, b in zip(here.outside, there.outside, strict=True)) * 1000
     share = sorted(b / a for a, b in zip(here.rate, there.rate, strict=True))
     print(
-        f"the process adds {statistics.median(added):.2f} ms to a request alone ({added[0]:.2f} to {added[-1]:.2f}),"
-        f" and serves {statistics.median(share):.1%} of the rate ({share[0]:.1%} to {share[-1]:.1%})"
+        f"the process adds {statistics.median(added):.2f} ms to a request alone ({added[0]:.2f} to {added[-1]:.2f}; outside its"
+        f" steps {outside:.2f}), and serves {statistics.median(share):.1%} of the rate ({share[0]:.1%} to {share[-1]:.1%})"
     )
 
 

@@ -362,19 +362,3 @@ def test_beams_wider_than_the_vocabulary() -> None:
             patience=2.0,
         )
         assert tokens_of(events[request.id]) == [h.tokens for h in wanted]
-
-
-@pytest.mark.parametrize(("beams", "fewest"), [(1, 1), (2, 4), (4, 8), (8, 16)])
-def test_a_step_asks_for_no_more_candidates_than_are_needed(beams: int, fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, asked = engine("encoder_decoder"), set[int]()
-    decode = one.model.decode
-
-    def watch(*arguments, keep_logits: bool):  # type: ignore[no-untyped-def]
-        asked.add(arguments[2])
-        return decode(*arguments, keep_logits=keep_logits)
-
-    monkeypatch.setattr(one.model, "decode", watch)
-    one.submit(GenerationRequest(id="a", input_ids=(5, 6, 2), decoding=Decoding(max_tokens=4, beams=beams)))
-    while one.has_work:
-        one.step()
-    assert asked == {fewest}

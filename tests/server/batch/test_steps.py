@@ -22,7 +22,7 @@ START, END = 1, 2
 class ListedModel:
     """Notes every call; each takes a second of its clock. Its best token is 5, the next 6, and so on; none ends a text."""
 
-    top_k_choices = (2, 4, 8)
+    top_k_choices: tuple[int, ...] = (2, 4, 8)
 
     def __init__(self, shape: SequenceShape = SHAPE, rows: int = 4) -> None:
         self.shape, self.rows = shape, rows
@@ -118,6 +118,16 @@ def test_a_step_says_what_it_did() -> None:
     assert [call for call in model.said() if call[0] == "move"] == [("move", [2], [0], 2)], (
         "the last row, as far as it is written"
     )
+
+
+@pytest.mark.parametrize(("beams", "asked"), [(1, 1), (2, 4), (4, 8), (8, 16)])
+def test_a_step_asks_for_no_more_candidates_than_are_needed(beams: int, asked: int) -> None:
+    model = ListedModel(rows=8)
+    model.top_k_choices = (1, 2, 3, 4, 5, 8, 9, 16, 17)
+    engine = engine_of(model)
+    engine.submit(request("a", 3, beams=beams))
+    engine.step()
+    assert [call[3] for call in model.said() if call[0] == "decode"] == [asked]
 
 
 def test_the_time_outside_the_model_is_the_engines_own() -> None:
