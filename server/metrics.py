@@ -71,12 +71,11 @@ class CallMetrics(_Series):
         self._inter_token = self._histogram(
             "inter_token_latency_seconds", "Time between the tokens of a streaming call.", _TOKEN_SECONDS, "model"
         )
-        self._asked = self._histogram("request_input_tokens", "Tokens of each input handed to the engine.", _TOKENS, "model")
         self._given = self._histogram("request_output_tokens", "Tokens of each hypothesis returned.", _TOKENS, "model")
 
     def add_model(self, model: ServedModel) -> None:
         """Announces a model; its series begin at 0 rather than with the first call."""
-        for histogram in (self._first_token, self._inter_token, self._asked, self._given):
+        for histogram in (self._first_token, self._inter_token, self._given):
             histogram.labels(model.name)
 
     def set_ready(self, ready: bool) -> None:
@@ -87,9 +86,7 @@ class CallMetrics(_Series):
         self._request_seconds.labels(call.model, call.method).observe(call.seconds)
 
     def inputs_admitted(self, model: str, lengths: Sequence[int]) -> None:
-        asked = self._asked.labels(model)
-        for length in lengths:
-            asked.observe(length)
+        """Told how many tokens the inputs of a call have that was let in."""
 
     def outputs_returned(self, model: str, lengths: Sequence[int]) -> None:
         given = self._given.labels(model)
@@ -112,6 +109,7 @@ class EngineMetrics(_Series):
         _Series.__init__(self, registry or CollectorRegistry())
         if counts is not None:
             MultiProcessCollector(self.registry, str(counts))
+        self._asked = self._histogram("request_input_tokens", "Tokens of each input that was let in.", _TOKENS, "model")
         self._queued = self._histogram(
             "queue_duration_seconds", "Time an input waited before it joined the running batch.", _QUEUE_SECONDS, "model"
         )
@@ -172,7 +170,7 @@ class EngineMetrics(_Series):
             family.labels(model.name)
         for loss in Loss:
             self._engine_restarts.labels(model.name, loss)
-        for histogram in (self._queued, self._step):
+        for histogram in (self._asked, self._queued, self._step):
             histogram.labels(model.name)
         self._step_seconds.labels(model.name, "runtime")
         self._step_seconds.labels(model.name, "host")
@@ -184,6 +182,11 @@ class EngineMetrics(_Series):
         """Args: front_ends: how many serve; the server itself is the one otherwise."""
         self._ready.set(ready)
         self._front_ends_up.set(ready if front_ends is None else front_ends)
+
+    def inputs_admitted(self, model: str, lengths: Sequence[int]) -> None:
+        asked = self._asked.labels(model)
+        for length in lengths:
+            asked.observe(length)
 
     def step_done(self, model: str, stats: StepStats) -> None:
         """What one engine step did; safe to call from any thread."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import grpc
 from google.protobuf.internal import api_implementation
@@ -54,7 +55,10 @@ class Server(Lifecycle):
         self.http_port = options.http_port
         self._options = options
         self._is_front_end = rooms is not None
-        self._rooms = rooms or {model.name: WaitingRoom(model.engine, options.admission) for model in models}
+        self._rooms = rooms or {
+            model.name: WaitingRoom(model.engine, options.admission, partial(metrics.inputs_admitted, model.name))
+            for model in models
+        }
         self._models = Models(replace(model, engine=self._rooms[model.name]) for model in models)
         self._metrics = metrics
         self._pages: PagesServer | None = None

@@ -8,8 +8,8 @@ becomes a status in ``server.edge.errors``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -81,7 +81,7 @@ class TransformerService(transformer_pb2_grpc.TransformerServicer):
             for position, own in enumerate(requests)
         ]
         timer = self._metrics.stream(current_call.get())
-        handover = self._handover(place, requests)
+        handover = place.room.admit(requests)
         async with aclosing(merge_events(place.room, requests, handover, capacity=_EVENTS_HELD)) as events:
             async for position, event in events:
                 if isinstance(event, Encoded):
@@ -165,17 +165,11 @@ class TransformerService(transformer_pb2_grpc.TransformerServicer):
 
     async def _run(self, place: _Place, requests: Sequence[EngineRequest], kind: type[Result]) -> list[Result]:
         """The result of each request; the engine must answer with the kind that was asked for."""
-        results = await gather_results(place.room, requests, self._handover(place, requests))
+        results = await gather_results(place.room, requests, place.room.admit(requests))
         expected = [result for result in results if isinstance(result, kind)]
         if len(expected) != len(requests):
             raise EngineBroken(f"a request was not answered with {kind.__name__}")
         return expected
-
-    @contextmanager
-    def _handover(self, place: _Place, requests: Sequence[EngineRequest]) -> Iterator[None]:
-        with place.room.admit(requests):
-            self._metrics.inputs_admitted(place.model.name, [len(request.input_ids) for request in requests])
-            yield
 
     def _count_outputs(self, place: _Place, results: Sequence[Finished]) -> int:
         """Tokens of all hypotheses."""

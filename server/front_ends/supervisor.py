@@ -11,6 +11,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from server.config import Device, EngineOptions, ServerOptions
@@ -57,7 +58,9 @@ class Supervisor(Lifecycle):
         # The device is settled: a front end has none to look for.
         self._engine = replace(engine, device=Device(models[0].device))
         self._bundles = tuple((str(path.absolute()), model.fingerprint) for path, model in zip(bundles, models, strict=True))
-        self._rooms = [WaitingRoom(model.engine, options.admission) for model in models]
+        self._rooms = [
+            WaitingRoom(model.engine, options.admission, partial(metrics.inputs_admitted, model.name)) for model in models
+        ]
         self._models = Models(replace(model, engine=room) for model, room in zip(models, self._rooms, strict=True))
         self._front_ends: list[FrontEnd] = []
         self._resources = ExitStack()

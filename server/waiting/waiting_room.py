@@ -62,11 +62,18 @@ class WaitingRoom:
     """The queue of one model.
 
     Args:
+        on_admitted: told the tokens of each input of a call that is let in.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, engine: EngineClient, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self._engine, self._limits, self._clock = engine, limits, clock
+    def __init__(
+        self,
+        engine: EngineClient,
+        limits: AdmissionLimits,
+        on_admitted: Callable[[Sequence[int]], None] = lambda lengths: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine, self._limits, self._on_admitted, self._clock = engine, limits, on_admitted, clock
         self._admission = Admission(limits)
         self._queue: FairQueue[_Visit] = FairQueue()
         self._use: defaultdict[str, _Use] = defaultdict(_Use)
@@ -122,8 +129,9 @@ class WaitingRoom:
     @contextmanager
     def admit(self, requests: Sequence[Request]) -> Iterator[None]:
         """Until the running call has handed its requests over, which is the end of the block. Raises Refused."""
-        tokens = sum(len(request.input_ids) for request in requests)
-        with self._admission.admit(*self._situation(requests=len(requests), tokens=tokens)):
+        lengths = [len(request.input_ids) for request in requests]
+        with self._admission.admit(*self._situation(requests=len(requests), tokens=sum(lengths))):
+            self._on_admitted(lengths)
             yield
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:

@@ -95,6 +95,7 @@ async def test_they_share_the_calls_and_their_counters_are_one(bundles: dict[str
         assert dict(callers.ended) == {"OK": series["transformer_requests_total", "ok"]}
         assert series["transformer_front_ends_up", ""] == 2
         assert series["transformer_ready", ""] == 1
+        assert series["transformer_request_input_tokens_count", ""] == callers.ended["OK"]
         assert series["transformer_output_tokens_total", ""] == 16 * callers.ended["OK"]
         assert series["transformer_requests_running", ""] == series["transformer_requests_waiting", ""] == 0
 

@@ -11,7 +11,7 @@ import pytest
 
 from server.engines.in_flight import NOT_RUNNING, SHUTTING_DOWN
 from server.requests import Decoding, EncodingRequest, Event, Failed
-from server.waiting.admission import AdmissionLimits, Tenant
+from server.waiting.admission import AdmissionLimits, Refused, Tenant
 from server.waiting.waiting_room import WaitingRoom
 from tests.server.fake_engine import Request
 from tests.server.waiting.rooms import DONE, Rows, call, collect, enter, leave, names, request, settle
@@ -308,3 +308,12 @@ async def test_a_drain_out_of_time_tells_those_who_wait() -> None:
     engine.let_go("r0", "r1")
     assert await asyncio.gather(*tasks[:2]) == [[DONE]] * 2
     assert all(not isinstance(event, Failed) for task in tasks[:2] for event in task.result())
+
+
+async def test_told_is_what_is_let_in_and_not_what_is_refused() -> None:
+    told: list[list[int]] = []
+    room = WaitingRoom(Rows(8), AdmissionLimits(max_waiting_requests=2), on_admitted=lambda lengths: told.append(list(lengths)))
+    two, three = [[request(f"{count}.{n}") for n in range(count)] for count in (2, 3)]
+    with call(), room.admit(two), pytest.raises(Refused), room.admit(three):
+        pass
+    assert told == [[3, 3]]
