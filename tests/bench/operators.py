@@ -57,7 +57,7 @@ class Bench:
     def profile(self, rows: int) -> Profile:
         step = statistics.median(self._steps(SequenceRuntime(self.folder, self.shape, rows, self.settings), rows))
         with tempfile.TemporaryDirectory() as folder:
-            with mock.patch.object(onnxruntime, "SessionOptions", _profiling(Path(folder) / "profile")):
+            with mock.patch.object(onnxruntime, "SessionOptions", profiling(Path(folder) / "profile")):
                 runtime = SequenceRuntime(self.folder, self.shape, rows, self.settings)
             self._steps(runtime, rows)
             del runtime  # its sessions write their files when they go
@@ -90,7 +90,7 @@ class Bench:
         return times[round(WARM_UP * len(times)) :]
 
 
-def _profiling(prefix: Path) -> type[Any]:
+def profiling(prefix: Path) -> type[Any]:
     class Options(onnxruntime.SessionOptions):
         def __init__(self) -> None:
             super().__init__()

@@ -11,12 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -28,59 +26,13 @@ from rich.table import Table
 from model.transformer import Transformer
 from tests.bench.contender import Contender, ContenderFailed, Job, Outcome, Settings, Side
 from tests.bench.ctranslate2_peer import convert
-from tests.bench.natural import natural_length, source_of
-from tests.bench.shapes import BUILD, LENGTHS, SHAPES, build_model, graphs, machine
+from tests.bench.points import Lengths, Point, Precision, Shape, Strategy
+from tests.bench.shapes import BUILD, build_model, graphs, machine
 from tests.bench.sides import CTranslate2Side, EngineSide
 
 HOPELESS = 3.0
 """A candidate that many times slower than the best in its first run is not tried again."""
 CORES = len(os.sched_getaffinity(0))
-
-
-class Shape(StrEnum):
-    BASE = "base"
-    TINY = "tiny"
-
-
-class Precision(StrEnum):
-    FP32 = "fp32"
-    INT8 = "int8"
-
-
-class Strategy(StrEnum):
-    GREEDY = "greedy"
-    BEAM4 = "beam4"
-
-    @property
-    def beams(self) -> int:
-        return 1 if self is Strategy.GREEDY else 4
-
-
-class Lengths(StrEnum):
-    FIXED = "fixed"
-    NATURAL = "natural"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """What is compared."""
-
-    shape: Shape
-    precision: Precision
-    strategy: Strategy
-    concurrency: int
-    lengths: Lengths
-
-    def job(self, rounds: int) -> Job:
-        """``rounds`` requests of each client; the same for each side."""
-        rng, vocab_size = random.Random(0), SHAPES[self.shape].vocab_size
-        source_length, target_length = LENGTHS[self.shape]
-        natural = self.lengths is Lengths.NATURAL
-        sizes = [natural_length(rng) if natural else source_length for _ in range(rounds * self.concurrency)]
-        sources = [source_of(rng, size, vocab_size) for size in sizes]
-        return Job(
-            sources=sources, clients=self.concurrency, beams=self.strategy.beams, length=None if natural else target_length
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,7 @@ class EngineSide:
         def run(job: Job) -> Outcome:
             engine = Engine(runtime, start_token=BOS, end_token=EOS, join_tokens=job.tuning["join_tokens"])
             started = time.perf_counter()
-            tokens = _answer(engine, job)
+            tokens = answer(engine, job)
             return Outcome(seconds=time.perf_counter() - started, tokens=tokens)
 
         return run
@@ -89,7 +89,7 @@ class EngineSide:
             yield {"join_tokens": 8192}
 
 
-def _answer(engine: Engine, job: Job) -> int:
+def answer(engine: Engine, job: Job) -> int:
     """Every request is answered; returns the number of tokens."""
     decoding = Decoding(beams=job.beams, max_tokens=job.length or LONGEST, min_tokens=job.length or 0)
     requests = iter([GenerationRequest(id=str(i), input_ids=tuple(s), decoding=decoding) for i, s in enumerate(job.sources)])
