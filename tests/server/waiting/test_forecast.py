@@ -127,6 +127,25 @@ async def test_who_comes_first_of_a_tenant_is_thought_as_wide_as_the_others_are(
     await leave(tasks)
 
 
+async def test_an_engine_without_rows_makes_nobody_wait() -> None:
+    """It is being replaced, and says so itself."""
+    now = 0.0
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
+    (first,) = enter(room, "first")
+    await settle()
+    now += 5.0
+    engine.let_go("first")
+    assert await first == [DONE]
+    tasks = enter(room, "other")
+    await settle()
+    with call():
+        assert room.forecast().wait == pytest.approx(5.0)
+        engine.rows = 0
+        assert room.forecast().wait == 0.0
+    await leave(tasks)
+
+
 async def test_where_one_row_serves_no_turn_comes_before_all_others_have_had_their_time() -> None:
     now = 0.0
     engine = Rows(1)
@@ -342,13 +361,15 @@ async def test_an_answer_that_would_come_too_late_is_not_computed() -> None:
 
 
 async def test_little_time_is_left_to_the_engine_while_nothing_is_known() -> None:
+    now = 0.0
     engine = Rows(1)
-    room = WaitingRoom(engine, AdmissionLimits())
+    room = WaitingRoom(engine, AdmissionLimits(), clock=lambda: now)
     tasks = enter(room, "r0", "r1")
     with call(seconds=0.5):
         tasks.append(asyncio.create_task(collect(room, "hurried")))
     tasks += enter(room, "r2", "r3")
     await settle()
+    now = 3.0
     for task in tasks[:2]:  # who leaves without an answer says nothing of how long one takes
         task.cancel()
     await settle()

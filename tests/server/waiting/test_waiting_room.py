@@ -317,3 +317,16 @@ async def test_told_is_what_is_let_in_and_not_what_is_refused() -> None:
     with call(), room.admit(two), pytest.raises(Refused), room.admit(three):
         pass
     assert told == [[3, 3]]
+
+
+async def test_nobody_waits_for_the_rows_of_an_engine_that_is_gone() -> None:
+    engine = Rows(1)
+    room = WaitingRoom(engine, AdmissionLimits())
+    tasks = enter(room, "r0", "r1", "r2")
+    await settle()
+    assert names(engine) == ["r0", "r1"]
+    engine.alive = False
+    tasks += enter(room, "late")
+    await settle()
+    assert {*names(engine)} == {"r0", "r1", "r2", "late"}, "it says so itself, at once"
+    await leave(tasks)
