@@ -110,7 +110,7 @@ async def test_streamed_text(tmp_path: Path) -> None:
         pieces = [piece async for piece in client.stream(["a man runs here a "], Options(max_tokens=30))]
     *texts, result = pieces
     assert isinstance(result, StreamedGeneration)
-    assert len(texts) > 10
+    assert texts, "text comes before the result"
     assert "".join(piece.text for piece in texts if isinstance(piece, StreamedText)) == result.generation.text
     assert sum(word in WORDS for word in result.generation.text.split()) >= 3
 
