@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 _TOKENS_WAIT_SECONDS = 0.001
 """At most, for those of the steps that follow, where these bring nothing else. To wake the process that takes a report can cost
 a quarter of a small model's step, and the message that it makes of it as much as the whole step."""
+_TIDY_SECONDS = 60.0
+"""Python keeps the memory of tuples that are gone, by the thousand for each length, until a full collection. None comes by
+itself where no garbage is made. It takes less than a millisecond, since what was loaded is left out."""
 
 
 def main(descriptor: int) -> int:
@@ -68,7 +71,7 @@ def main(descriptor: int) -> int:
 
 def run(engine: Stepper, connection: BlockingSocket, clock: Callable[[], float] = time.monotonic) -> NoReturn:
     """Takes commands and steps. Raises EOFError or ConnectionError when the other end is gone."""
-    taken, reported = 0, clock()
+    taken, reported, tidied = 0, clock(), clock()
     events, steps = list[Addressed](), list[StepStats]()
     while True:
         received = connection.receive(wait=not engine.has_work)
@@ -83,9 +86,13 @@ def run(engine: Stepper, connection: BlockingSocket, clock: Callable[[], float] 
             events += own
             steps.append(stats)
             may_wait = may_wait and engine.has_work and _brings_only_tokens(own, stats)
-        if not may_wait or clock() - reported >= _TOKENS_WAIT_SECONDS:
+        now = clock()
+        if not may_wait or now - reported >= _TOKENS_WAIT_SECONDS:
             connection.send(encode(Report.of(taken, events, steps)))
-            events, steps, reported = [], [], clock()
+            events, steps, reported = [], [], now
+        if now - tidied >= _TIDY_SECONDS:
+            gc.collect()
+            tidied = now
 
 
 def _brings_only_tokens(events: Sequence[Addressed], stats: StepStats) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from server.batch.engine import Addressed
 from server.batch.step_stats import StepStats
+from server.engines import engine_process
 from server.engines.engine_process import run
 from server.engines.wire import Commands, Report, decode_from_engine, encode
 from server.requests import Decoding, Finished, GenerationRequest, TokensReady
@@ -22,8 +23,8 @@ STEP = 0.0004
 class OneRequest:
     """An engine for one request at a time, which gets a token in each step and ends after ``max_tokens``."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, step_seconds: float) -> None:
+        self.now, self._step_seconds = 0.0, step_seconds
         self._request: GenerationRequest | None = None
         self._written = 0
 
@@ -41,7 +42,7 @@ class OneRequest:
     def step(self) -> tuple[list[Addressed], StepStats]:
         assert self._request is not None
         request, joined = self._request, (self._request.id,) if not self._written else ()
-        self.now += STEP
+        self.now += self._step_seconds
         self._written += 1
         events: list[Addressed] = [(request.id, TokensReady(0, (self._written,), (-0.5,)))]
         if self._written == request.decoding.max_tokens:
@@ -74,8 +75,8 @@ def request(tokens: int) -> GenerationRequest:
     return GenerationRequest(id="r", input_ids=(5,), decoding=Decoding(max_tokens=tokens), stream=True)
 
 
-def steps_in_reports(said: dict[int, Commands]) -> list[Report]:
-    engine, other_end = OneRequest(), Script(said)
+def steps_in_reports(said: dict[int, Commands], step_seconds: float = STEP) -> list[Report]:
+    engine, other_end = OneRequest(step_seconds), Script(said)
     with pytest.raises(EOFError):
         run(engine, other_end, clock=lambda: engine.now)  # type: ignore[arg-type]
     return other_end.heard
@@ -103,3 +104,10 @@ def test_what_is_said_is_answered_at_once() -> None:
 def test_a_cancellation_that_leaves_nothing_to_do_is_answered_too() -> None:
     reports = steps_in_reports({0: Commands.of([request(9)]), 3: Commands.of(["r"])})
     assert [(report.taken, len(report.steps)) for report in reports] == [(1, 1), (2, 2)]
+
+
+def test_memory_is_tidied_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    tidied: list[int] = []
+    monkeypatch.setattr(engine_process.gc, "collect", lambda: tidied.append(1))
+    steps_in_reports({0: Commands.of([request(50)])}, step_seconds=5.0)  # 250 seconds
+    assert len(tidied) == 4
