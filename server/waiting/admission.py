@@ -117,6 +117,10 @@ class Admission:
         """Requests that have been admitted and not handed over."""
         return self._requests.total()
 
+    def on_the_way_of(self, tenant: str) -> int:
+        """Those of one tenant among them."""
+        return self._requests[tenant]
+
     @contextmanager
     def admit(self, demand: Demand, waiting: Waiting, forecast: Forecast) -> Iterator[None]:
         """Holds a place for a call's requests until they are handed over, which is the end of the block.
@@ -148,7 +152,7 @@ class Admission:
                 f"the server is busy: {requests} requests of {tokens} tokens are waiting", self._until_served(over, forecast)
             )
         most = self._limits.max_waiting_of(demand.tenant)
-        own = waiting.own_requests + self._requests[demand.tenant]
+        own = waiting.own_requests + self.on_the_way_of(demand.tenant)
         own_tokens = waiting.own_tokens + self._tokens[demand.tenant]
         if over := _beyond(most, own, own_tokens, demand):
             raise Refused(

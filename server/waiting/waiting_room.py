@@ -106,16 +106,18 @@ class WaitingRoom:
             waiting_tokens=status.waiting_tokens + sum(use.waiting_tokens for use in self._use.values()),
         )
 
-    def forecast(self, more: int = 0) -> Forecast:
-        """For a request of the call that is running now, with so many more ahead of it than are in the queue."""
+    def forecast(self, requests: int = 1) -> Forecast:
+        """For the last of so many requests of the call that is running now."""
         name, tenant, priority = self._caller
         ahead, per_second = self._queue.ahead_of(name, weight=tenant.weight, priority=priority), self._rate.per_second
-        wait = self._wait((0 if self._has_room else ahead) + more)  # with room, only their tenants' own bounds keep them
+        first = 0 if self._has_room else ahead  # with room, only their tenants' own bounds keep them
+        wait = self._wait(first + self._admission.on_the_way + requests - 1)
         if tenant.max_rows is not None and self._rate.seconds_each:
             use, own = self._use[name], self._queue.waiting_of(name)
             rows_each = use.rows / use.requests if use.requests else self._rows_each
             at_once = max(1.0, tenant.max_rows / rows_each)
-            own_ahead = own + more if own else max(0.0, use.requests + more + 1 - at_once)
+            coming = self._admission.on_the_way_of(name) + requests
+            own_ahead = own + coming - 1 if own else max(0.0, use.requests + coming - at_once)
             if own_ahead:
                 own_per_second = at_once / self._rate.seconds_each
                 per_second = own_per_second if per_second is None else min(per_second, own_per_second)
@@ -209,7 +211,7 @@ class WaitingRoom:
             own_requests=self._queue.waiting_of(name),
             own_tokens=self._use[name].waiting_tokens,
         )
-        return demand, waiting, self.forecast(self._admission.on_the_way + requests - 1)
+        return demand, waiting, self.forecast(requests)
 
     def _wait(self, ahead: int) -> float:
         """Seconds until one has rows that has so many ahead of it in the queue; 0 when some are free, or nothing is known.

@@ -73,7 +73,9 @@ class Rules:
 
     def _reasons(self, call: Call, tenant: str, requests: int, tokens: int) -> list[_Reason]:
         """In the order in which they are told."""
-        status, forecast, reasons = self.room.status, self.room.forecast(self._requests + requests - 1), list[_Reason]()
+        assert self.room._admission.on_the_way == self._requests
+        assert self.room._admission.on_the_way_of(tenant) == self._of_tenant[tenant]
+        status, forecast, reasons = self.room.status, self.room.forecast(requests), list[_Reason]()
         waiting, waiting_tokens = status.waiting_requests + self._requests, status.waiting_tokens + self._tokens
         over = waiting + requests - self.limits.max_waiting_requests
         over_tokens = waiting_tokens + tokens - self.limits.max_waiting_tokens

@@ -44,7 +44,7 @@ async def test_the_wait_of_a_tenant_with_few_rows_is_its_own() -> None:
     with call("batch"):
         assert room.forecast().wait == pytest.approx(5 * 0.5, rel=0.2), "two have just begun, and eight are ahead"
         assert room.forecast().per_second == pytest.approx(4.0, rel=0.2)
-        assert room.forecast(4).wait - room.forecast().wait == pytest.approx(4 / 4.0, rel=0.2), "four more ahead"
+        assert room.forecast(5).wait - room.forecast().wait == pytest.approx(4 / 4.0, rel=0.2), "four more ahead"
     with call(""):
         assert room.forecast().wait == 0.0
     await leave(tasks)
@@ -106,10 +106,12 @@ async def test_a_call_of_more_inputs_than_its_tenant_may_hold_rows_waits_for_its
     assert await first == [DONE]
     waits = []
     with call("batch"):
-        waits += [room.forecast(inputs - 1).wait for inputs in (1, 2, 3, 4)]
+        waits += [room.forecast(inputs).wait for inputs in (1, 2, 3, 4)]
     assert waits == [0.0, 0.0, pytest.approx(2.5), pytest.approx(5.0)], "two in five seconds"
-    with call(""):
-        assert room.forecast(3).wait == 0.0
+    with call(""), room.admit([request(f"r{n}") for n in range(4)]):
+        assert room.forecast(4).wait == 0.0
+        with call("batch"):
+            assert room.forecast(2).wait == 0.0, "what others have on the way takes none of its rows"
 
 
 async def test_who_comes_first_of_a_tenant_is_thought_as_wide_as_the_others_are() -> None:
@@ -123,7 +125,7 @@ async def test_who_comes_first_of_a_tenant_is_thought_as_wide_as_the_others_are(
     engine.let_go("first")
     await settle()
     with call("batch"):
-        assert [room.forecast(inputs - 1).wait for inputs in (2, 3)] == [0.0, pytest.approx(2.5)]
+        assert [room.forecast(inputs).wait for inputs in (2, 3)] == [0.0, pytest.approx(2.5)]
     await leave(tasks)
 
 
