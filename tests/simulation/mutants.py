@@ -29,7 +29,12 @@ from tests.simulation.planting import ROOT, VARIABLE, mutants_of, plant
 
 TESTS: dict[str, tuple[str, ...]] = {
     "server.waiting.admission": ("waiting/test_admission", "waiting/test_forecast", "waiting/test_waiting_room", "test_calls"),
-    "server.waiting.waiting_room": ("waiting/test_waiting_room", "waiting/test_forecast", "test_calls"),
+    "server.waiting.waiting_room": (
+        "waiting/test_waiting_room",
+        "waiting/test_forecast",
+        "waiting/test_several_inputs",
+        "test_calls",
+    ),
     "server.waiting.fair_queue": ("waiting/test_fair_queue", "waiting/test_waiting_room"),
     "server.waiting.service_rate": ("waiting/test_service_rate", "waiting/test_forecast", "waiting/test_waiting_room"),
     "server.waiting.occupancy": ("waiting/test_occupancy", "waiting/test_forecast", "waiting/test_waiting_room"),
