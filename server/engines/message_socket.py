@@ -28,11 +28,13 @@ class _Frames:
     """Puts together what arrives in pieces."""
 
     def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(_AT_ONCE))
+        """Where bytes arrive, for good: while each read took as much anew, the C library's heap grew by 60 bytes a request."""
         self._rest = bytearray()
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The messages that are complete now."""
-        self._rest += data
+    def feed(self, count: int) -> list[bytes]:
+        """The messages that are complete now that ``count`` more bytes have arrived."""
+        self._rest += self.buffer[:count]
         messages, begin = list[bytes](), _LENGTH.size
         while len(self._rest) >= begin:
             end = begin + _LENGTH.unpack_from(self._rest, begin - _LENGTH.size)[0]
@@ -63,17 +65,17 @@ class BlockingSocket:
         """What has arrived; sleeps until there is something if ``wait``. Raises EOFError when the other end is gone."""
         while True:
             try:
-                data = self._socket.recv(_AT_ONCE, 0 if wait else socket.MSG_DONTWAIT)
+                count = self._socket.recv_into(self._frames.buffer, 0, 0 if wait else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return []
-            if not data:
+            if not count:
                 raise EOFError
-            messages = self._frames.feed(data)
+            messages = self._frames.feed(count)
             if messages or not wait:
                 return messages
 
 
-class LoopSocket(asyncio.Protocol, Generic[Message]):
+class LoopSocket(asyncio.BufferedProtocol, Generic[Message]):
     """An end in an event loop: a send never blocks.
 
     Args:
@@ -108,8 +110,11 @@ class LoopSocket(asyncio.Protocol, Generic[Message]):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    def data_received(self, data: bytes) -> None:
-        for message in self._frames.feed(data):
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._frames.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        for message in self._frames.feed(nbytes):
             if self._transport.is_closing():
                 return
             try:

@@ -7,6 +7,8 @@ import random
 import socket
 import struct
 import threading
+import tracemalloc
+from contextlib import closing
 
 import pytest
 
@@ -148,3 +150,23 @@ async def test_what_was_sent_is_delivered_though_the_end_is_closed() -> None:
     assert await asyncio.to_thread(blocking.receive, wait=True) == [MESSAGES[-1]]
     await asyncio.wait_for(ends.end.ended, 10)
     ends.other.close()
+
+
+async def test_reading_takes_no_memory_but_the_messages() -> None:
+    """A buffer for each read, cut down to what came, leaves holes that the C library's heap grows around."""
+    ends = await Ends().open()
+    ours, its = socket.socketpair()
+    blocking, message = BlockingSocket(ours), b"\0\0\0\1m"
+    with closing(ours), closing(its), closing(ends.other):
+        tracemalloc.start()
+        try:
+            for heard in range(1, 10):
+                its.sendall(message)
+                assert blocking.receive(wait=True) == [b"m"]
+                ends.other.sendall(message)
+                await until_heard(ends, heard)
+            taken = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert taken < 32 * 1024
+        ends.end.close()
