@@ -53,7 +53,7 @@ class Caches(Protocol):
         """Puts what ``encode`` gave for source i into every row of rows[i].
 
         Args:
-            cross: OrtValue [L, 2, B, G, S, K].
+            cross: [L, 2, B, G, S, K], an array on the host and an OrtValue on a device.
         """
 
     def adopt(self, rows: Rows, length: int) -> None:

@@ -92,16 +92,15 @@ class HostCaches:
         return CacheLayout(self_.shape, cross.shape, self._dtype).views((self_.ctypes.data, cross.ctypes.data), rows)
 
     def write_source(self, rows: Sequence[Rows], cross: Any) -> None:
-        encoded, memory = cross.numpy(), self._cross.array
-        longest = encoded.shape[4]
+        memory, longest = self._cross.array, cross.shape[4]
         first, each = rows[0][0], len(rows[0])
         if rows[-1][-1] - first == len(rows) * each - 1 and all(len(own) == each for own in rows):  # neighbours, alike
             block = memory[:, :, first : first + len(rows) * each, :, :longest]
             layers, kinds, _, *rest = block.shape
-            block.reshape(layers, kinds, len(rows), each, *rest, copy=False)[:] = encoded[:, :, :, None]
+            block.reshape(layers, kinds, len(rows), each, *rest, copy=False)[:] = cross[:, :, :, None]
         else:
             for i, own in enumerate(rows):
-                memory[:, :, own, :, :longest] = encoded[:, :, i, None]
+                memory[:, :, own, :, :longest] = cross[:, :, i, None]
 
     def adopt(self, rows: Rows, length: int) -> None:
         memory = self._self.array

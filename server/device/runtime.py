@@ -96,12 +96,15 @@ class SequenceRuntime:
     def encode(self, sources: Sequence[Sequence[int]], rows: Sequence[Rows]) -> None:
         assert self._encode is not None
         padded, lengths = pad(sources)
-        binding = self._encode.io_binding()
         inputs: Arrays = {"source": padded, "last": lengths - 1, "total": np.array(padded.shape[1], np.int32)}
-        bind_arrays(binding, inputs, {})
-        binding.bind_output("cross", self._device, 0)  # what the decoder reads never leaves the device
-        self._encode.run_with_iobinding(binding)
-        (cross,) = binding.get_outputs()
+        if self._device_memory is None:
+            (cross,) = self._encode.run(["cross"], inputs)  # a binding for one run takes longer than the copy it saves
+        else:
+            binding = self._encode.io_binding()
+            bind_arrays(binding, inputs, {})
+            binding.bind_output("cross", self._device, 0)  # what the decoder reads never leaves the device
+            self._encode.run_with_iobinding(binding)
+            (cross,) = binding.get_outputs()
         self._live = max(self._live, int(rows[-1][-1]) + 1)
         self._longest_source = max(self._longest_source, padded.shape[1])
         self._reserve()
