@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
+from types import TracebackType
 
 from server.call import Call, current_call
 from server.engines.engine_client import EngineStatus
 from server.engines.in_flight import NOT_RUNNING
 from server.requests import Decoding, Event, Finished, GenerationRequest
+from server.waiting.admission import AdmissionLimits, Forecast
 from server.waiting.waiting_room import WaitingRoom
 from tests.server.fake_engine import FakeEngine, Request, Step, hypothesis
 
@@ -86,3 +88,41 @@ async def leave(tasks: list[asyncio.Task[list[Event]]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Scene:
+    """A room in front of an engine with so many rows, by a clock that moves in ``after`` alone. At the end everybody leaves."""
+
+    def __init__(self, rows: int, limits: AdmissionLimits | None = None, each: int = 1) -> None:
+        self.now = 0.0
+        self.engine = Rows(rows, each)
+        self.room = WaitingRoom(self.engine, limits or AdmissionLimits(), clock=lambda: self.now)
+        self._tasks: list[asyncio.Task[list[Event]]] = []
+
+    async def __aenter__(self) -> Scene:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await leave(self._tasks)
+
+    async def enter(
+        self, *names: str, tenant: str = "", beams: int = 1, seconds: float = 60.0
+    ) -> list[asyncio.Task[list[Event]]]:
+        with call(tenant, seconds=seconds):
+            tasks = [asyncio.create_task(collect(self.room, name, beams)) for name in names]
+        self._tasks += tasks
+        await settle()
+        return tasks
+
+    async def after(self, seconds: float, *ended: str) -> None:
+        """So much later these end, in one step."""
+        self.now += seconds
+        if ended:
+            self.engine.let_go(*ended)
+        await settle()
+
+    def forecast(self, requests: int = 1, tenant: str = "") -> Forecast:
+        with call(tenant):
+            return self.room.forecast(requests)
