@@ -17,7 +17,7 @@ from server.batch.sequence_model import SequenceShape
 from server.device.runtime import SequenceRuntime
 from server.device.session import RuntimeUnavailable, SessionSettings, choose_device
 from tests import tiny
-from tests.server.batch.test_engine import FAMILIES, expected, random_request, run
+from tests.server.batch.requests import FAMILIES, expected, random_request, run
 
 pytestmark = pytest.mark.gpu
 

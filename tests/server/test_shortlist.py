@@ -17,7 +17,7 @@ from server.edge.door import Door
 from server.requests import Decoding, DecodingOptions, Finished, GenerationRequest, InvalidRequest
 from tests import tiny
 from tests.server.batch import test_engine_options as options
-from tests.server.batch.test_engine import random_request, run
+from tests.server.batch.requests import random_request, run
 from tests.server.fake_engine import FakeEngine
 from tests.server.run_server import TOKENIZER, served_model
 

@@ -32,7 +32,7 @@ from server.requests import (
     TokensReady,
 )
 from tests import tiny
-from tests.server.batch.test_engine import expected, random_request, run
+from tests.server.batch.requests import expected, random_request, run
 from tests.server.fake_engine import FakeEngine
 from tests.server.run_server import Running, run_server, served_model
 

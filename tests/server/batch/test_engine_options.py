@@ -16,7 +16,7 @@ from server.device.runtime import SequenceRuntime
 from server.device.session import SessionSettings
 from server.requests import Adjustments, Finished, FinishReason, GenerationRequest, TokensReady
 from tests import tiny
-from tests.server.batch.test_engine import random_request, run
+from tests.server.batch.requests import random_request, run
 
 FAMILIES = ["encoder_decoder", "decoder_only"]
 LETTERS = range(4, tiny.TOKENIZER.vocab_size)

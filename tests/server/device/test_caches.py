@@ -21,7 +21,7 @@ from server.device.host_caches import HostArray, HostCaches, Room
 from server.device.runtime import SequenceRuntime
 from server.device.session import SessionSettings
 from tests import tiny
-from tests.server.batch.test_engine import FAMILIES, expected, random_request, run
+from tests.server.batch.requests import FAMILIES, expected, random_request, run
 
 
 class HostAsDevice:
