@@ -22,6 +22,7 @@ BOS, EOS = 1, 2
 def open_graph(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as it is served: see server.device.session
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

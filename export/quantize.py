@@ -105,7 +105,6 @@ class Int8Linear(nn.Module):
         self.register_buffer("input_zero", torch.tensor(zero, dtype=torch.uint8))
         self.register_buffer("weight", (weight / weight_scale[:, None]).round().to(torch.int8).T.contiguous())  # [I, O]
         self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("weight_zero", torch.zeros(self.outputs, dtype=torch.int8))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
     @property
@@ -119,7 +118,7 @@ class Int8Linear(nn.Module):
 
     def multiply(self, quantized: Tensor) -> Tensor:
         """[..., I] uint8 -> [..., O] float32."""
-        inputs = [quantized, self.weight, self.input_scale, self.weight_scale, self.input_zero, self.weight_zero, self.bias]
+        inputs = [quantized, self.weight, self.input_scale, self.weight_scale, self.input_zero, None, self.bias]
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulIntegerToFloat",
             cast(list[Tensor | None], inputs),
@@ -132,7 +131,8 @@ class Int8Linear(nn.Module):
         """[N, I] uint8 -> [N, O] uint8 of that scale and zero point, by ``com.microsoft::QGemm``, which wants matrices."""
         bias_scale = cast(Tensor, self.weight_scale) * cast(Tensor, self.input_scale)
         bias = torch.zeros(self.outputs) if self.bias is None else cast(Tensor, self.bias)
-        operand = [self.weight, self.weight_scale, self.weight_zero, (bias / bias_scale).round().to(torch.int32)]
+        weight_zero = torch.zeros(self.outputs, dtype=torch.int8)
+        operand = [self.weight, self.weight_scale, weight_zero, (bias / bias_scale).round().to(torch.int32)]
         return torch.onnx.ops.symbolic(
             "com.microsoft::QGemm",
             cast(list[Tensor], [quantized, *self.input_format, *operand, scale, zero]),

@@ -136,8 +136,21 @@ def trace(module: nn.Module, config: ModelConfig, path: Path, precision: str) ->
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
+        if node.op_type == "QGemm":
+            _own_zero_point(graph, node)
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=False)
+
+
+def _own_zero_point(graph: ir.Graph, node: ir.Node) -> None:
+    """Gives the node's weights a zero point that no other node has: the tracer makes one of all that are alike, and where ONNX
+    Runtime has to make such weights unsigned (see ``server.device.session``), it fails at the second node of a zero point."""
+    shared = node.inputs[5]
+    assert shared is not None
+    assert shared.const_value is not None
+    own = ir.Value(name=f"{node.outputs[0].name}.weight_zero", const_value=ir.tensor(shared.const_value.numpy()))
+    graph.register_initializer(own)
+    node.replace_input_with(5, own)
 
 
 def _name_axes(value: ir.Value, axes: dict[int, str]) -> None:

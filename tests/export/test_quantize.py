@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from export.graph_runner import SequenceGraphs
-from export.quantize import InputRange
+from export.graph_runner import SequenceGraphs, open_graph
+from export.quantize import InputRange, Int8FeedForward, Int8Linear
+from model.layers import FeedForward
+from server.device.session import SessionSettings, open_session
 from tests import tiny
 from tests.export.test_graphs import examples, full_forward
 
@@ -42,6 +50,37 @@ def test_near_the_trained_model(family: str) -> None:
     difference = np.abs(np.concatenate(found) - np.concatenate(wanted))
     assert difference.mean() < 0.25  # of logits with a standard deviation of 2
     assert difference.max() < 2.0
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["verified", "served"])
+@pytest.mark.parametrize("kind", ["product", "feed forward"])
+def test_the_largest_sums_do_not_saturate(kind: str, served: bool, tmp_path: Path) -> None:
+    """Inputs and weights are the largest. Some processors add two products in 16 bits, which these do not fit into."""
+    config = tiny.shape("encoder_decoder")
+    trained = nn.Linear(config.d_model, 8) if kind == "product" else FeedForward(config)
+    with torch.no_grad():
+        for linear in (m for m in trained.modules() if isinstance(m, nn.Linear)):
+            linear.weight.fill_(1 / linear.in_features)
+            linear.bias.zero_()
+            linear.input_range = InputRange()
+            linear.input_range.add(torch.tensor([0.0, 1.0]))
+    module = Int8Linear(trained) if kind == "product" else Int8FeedForward(trained)
+    x, path = torch.ones(2, config.d_model), tmp_path / "graph.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the exporter itself uses
+        torch.onnx.export(module.eval(), (x,), path, input_names=["x"], dynamo=True, external_data=False, verbose=False)
+    session = open_session(path, SessionSettings(threads=1)) if served else open_graph(path)
+    (found,) = session.run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, 1.0, rtol=0.02)
+
+
+def test_no_two_products_share_a_zero_point_of_their_weights() -> None:
+    """ONNX Runtime could not make such weights unsigned, where a processor wants them so."""
+    graph = onnx.load(tiny.graphs(tiny.shape("encoder_decoder"), precision="int8") / "decode.onnx").graph
+    zeros = Counter((*node.input, *[""] * 6)[5] for node in graph.node if node.op_type in ("MatMulIntegerToFloat", "QGemm"))
+    assert zeros.pop("") > 1, "these have none, which is zero"
+    assert len(zeros) > 1
+    assert set(zeros.values()) == {1}
 
 
 @given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20), min_size=1, max_size=5))
