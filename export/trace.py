@@ -136,21 +136,28 @@ def trace(module: nn.Module, config: ModelConfig, path: Path, precision: str) ->
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
-        if node.op_type == "QGemm":
-            _own_zero_point(graph, node)
+        for place in _WEIGHTS.get(node.op_type, ()):
+            _own(graph, node, place)
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=False)
 
 
-def _own_zero_point(graph: ir.Graph, node: ir.Node) -> None:
-    """Gives the node's weights a zero point that no other node has: the tracer makes one of all that are alike, and where ONNX
-    Runtime has to make such weights unsigned (see ``server.device.session``), it fails at the second node of a zero point."""
-    shared = node.inputs[5]
+_WEIGHTS = {"MatMulIntegerToFloat": (1,), "QGemm": (3, 5)}
+"""Where eight-bit products have their weights and zero points of these."""
+
+
+def _own(graph: ir.Graph, node: ir.Node, place: int) -> None:
+    """Gives the node an initializer of its own for one that others use, too: layers may share weights, and the tracer makes one
+    of zero points that are alike. Where ONNX Runtime has to make weights unsigned (see ``server.device.session``), it fails at
+    the second node of an initializer."""
+    shared = node.inputs[place]
     assert shared is not None
     assert shared.const_value is not None
-    own = ir.Value(name=f"{node.outputs[0].name}.weight_zero", const_value=ir.tensor(shared.const_value.numpy()))
+    if len(shared.uses()) == 1:
+        return
+    own = ir.Value(name=f"{node.outputs[0].name}.{place}", const_value=ir.tensor(shared.const_value.numpy()))
     graph.register_initializer(own)
-    node.replace_input_with(5, own)
+    node.replace_input_with(place, own)
 
 
 def _name_axes(value: ir.Value, axes: dict[int, str]) -> None:

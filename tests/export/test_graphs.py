@@ -20,8 +20,8 @@ from model.config import ModelConfig
 from model.decode import Incremental
 from tests import tiny
 
-MOST = 1e-4
-"""Largest logit difference in single precision."""
+MOST = 2e-4
+"""Largest logit difference in single precision. Without AVX-512, PyTorch's own, of one token and all at once, is 1.03e-4."""
 DECODERS = [name for name, config in tiny.VARIANTS.items() if config.has_decoder]
 ENCODER_DECODERS = [name for name in DECODERS if tiny.VARIANTS[name].has_encoder]
 CLASSIFIERS = [name for name, config in tiny.VARIANTS.items() if not config.has_decoder]
