@@ -32,8 +32,8 @@ async def test_a_greedy_tenant_crowds_out_itself_alone(bundles: dict[str, Path])
         plan = Plan(
             target=server.target, texts=["abc def"], seed=1, schedule=[], seconds=1.5, stream=False, deadline=20.0, beams=4
         )
-        modest, greedy = await modest_and_greedy(plan, capacity=80.0, load=0.5, excess=20.0)
+        modest, greedy = await modest_and_greedy(plan, capacity=40.0, load=0.5, excess=20.0)
     assert greedy is not None
     assert modest.answered == 1.0
     assert greedy.answered < 1.0
-    assert modest.seconds.p50 < 1.2 * greedy.seconds.p50  # on a busy machine both wait for it
+    assert modest.seconds.p50 < greedy.seconds.p50
