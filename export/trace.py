@@ -24,6 +24,8 @@ from export.graphs import AlignGraph, ClassifyGraph, DecodeGraph, SourceGraph
 from model.config import ModelConfig
 
 OPSET = 20
+_WEIGHTS = {"MatMulIntegerToFloat": (1,), "QGemm": (3, 5)}
+"""Where eight-bit products have their weights and zero points of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +142,6 @@ def trace(module: nn.Module, config: ModelConfig, path: Path, precision: str) ->
             _own(graph, node, place)
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=False)
-
-
-_WEIGHTS = {"MatMulIntegerToFloat": (1,), "QGemm": (3, 5)}
-"""Where eight-bit products have their weights and zero points of these."""
 
 
 def _own(graph: ir.Graph, node: ir.Node, place: int) -> None:

@@ -20,8 +20,8 @@ from model.config import ModelConfig
 from model.decode import Incremental
 from tests import tiny
 
-MOST = 2e-4
-"""Largest logit difference in single precision. Without AVX-512, PyTorch's own, of one token and all at once, is 1.03e-4."""
+MOST = 1e-4
+"""Largest logit difference in single precision."""
 DECODERS = [name for name, config in tiny.VARIANTS.items() if config.has_decoder]
 ENCODER_DECODERS = [name for name in DECODERS if tiny.VARIANTS[name].has_encoder]
 CLASSIFIERS = [name for name, config in tiny.VARIANTS.items() if not config.has_decoder]
@@ -64,7 +64,8 @@ def test_logits_are_pytorchs(name: str) -> None:
     inputs, targets = examples(config)
     pairs = list(zip(inputs, targets, strict=True))
     wanted = [full_forward(config, i, t) for i, t in pairs]
-    assert largest_difference([token_by_token(config, i, t) for i, t in pairs], wanted) <= MOST
+    # Of PyTorch with itself: 1.03e-4 on a processor without AVX-512. The graphs below are held to less.
+    assert largest_difference([token_by_token(config, i, t) for i, t in pairs], wanted) <= 2 * MOST
     assert largest_difference([graphs.forced([i], [t])[0] for i, t in pairs], wanted) <= MOST
     for stagger in (0, 1, 3):
         assert largest_difference(graphs.forced(inputs, targets, stagger=stagger), wanted) <= MOST
