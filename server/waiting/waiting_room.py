@@ -116,12 +116,11 @@ class WaitingRoom:
             use, own = self._use[name], self._queue.waiting_of(name)
             rows_each = use.rows / use.requests if use.requests else self._rows_each
             at_once = max(1.0, tenant.max_rows / rows_each)
-            coming = self._admission.on_the_way_of(name) + requests
-            own_ahead = own + coming - 1 if own else max(0.0, use.requests + coming - at_once)
-            if own_ahead:
+            own_ends = use.requests + own + self._admission.on_the_way_of(name) + requests - at_once
+            if own_ends > 0:  # so many of its own must end before
                 own_per_second = at_once / self._rate.seconds_each
                 per_second = own_per_second if per_second is None else min(per_second, own_per_second)
-                wait = max(wait, own_ahead / per_second)
+                wait = max(wait, own_ends / per_second)
         return Forecast(wait=wait, seconds_each=self._rate.most_seconds_each, per_second=per_second)
 
     def check(self) -> None:
