@@ -120,7 +120,9 @@ class TransportLimits:
     max_request_bytes: int = 8 * 1024 * 1024
     max_concurrent_calls: int = 8192
     """A backstop far behind admission: it refuses probes too, and names no time to come back."""
-    max_streams_per_connection: int = 1024
+    max_streams_per_connection: int = 512
+    """Calls that are open on one. Those that were reset count until the event loop has looked at them (CVE-2023-44487), so one
+    connection takes no more than a sixteenth of ``max_concurrent_calls``. A client with more to ask waits, or opens another."""
     max_metadata_bytes: int = 8192
     max_connection_age_seconds: float = 300.0
     """Connections are renewed this often (gRPC adds some jitter), so that clients find new replicas."""
