@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export.bundle import SESSION_CONFIG
 from model.config import ModelConfig
 
 Array = NDArray[Any]
@@ -22,7 +23,8 @@ BOS, EOS = 1, 2
 def open_graph(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # as it is served: see server.device.session
+    for name, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(name, value)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export.bundle import SESSION_CONFIG
+
 Arrays = dict[str, NDArray[Any]]
 Session: TypeAlias = ort.InferenceSession
 Binding: TypeAlias = ort.IOBinding
@@ -52,8 +54,8 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
     # Threads of one session that spin on after its run take the cores from the next run, which is often the other session's:
     # beside the decoder's, encoding took one and a half times to three times as long.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # On x86 without VNNI eight-bit products are else added two at a time in 16 bits, which saturate: outputs are wrong by much.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    for name, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(name, value)
     providers: list[Any] = ["CPUExecutionProvider"]
     # On a CPU the fused operator takes four times as long as the two that it replaces.
     unwanted = ["SkipLayerNormFusion"] if settings.device == "cpu" else []
