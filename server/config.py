@@ -121,8 +121,7 @@ class TransportLimits:
     max_concurrent_calls: int = 8192
     """A backstop far behind admission: it refuses probes too, and names no time to come back."""
     max_streams_per_connection: int = 512
-    """Calls that are open on one. Those that were reset count until the event loop has looked at them (CVE-2023-44487), so one
-    connection takes no more than a sixteenth of ``max_concurrent_calls``. A client with more to ask waits, or opens another."""
+    """Calls that are open on one. A client with more to ask waits, or opens another."""
     max_metadata_bytes: int = 8192
     max_connection_age_seconds: float = 300.0
     """Connections are renewed this often (gRPC adds some jitter), so that clients find new replicas."""
@@ -139,9 +138,12 @@ class TransportLimits:
             ("grpc.max_receive_message_length", self.max_request_bytes),
             ("grpc.max_send_message_length", -1),  # our own results, bounded by the limits of the call
             ("grpc.max_concurrent_streams", self.max_streams_per_connection),
+            # Else the core counts a call until it is cleaned away, though its answer has been sent, and refuses those that its
+            # client began in its place: of 3,000 calls at once on one connection half ended as UNAVAILABLE.
+            ("grpc.http.overload_protection", 0),
             # Else the core cancels calls at random when more than 1,000 wait for the event loop, those of innocent callers too.
-            ("grpc.server.max_pending_requests", self.max_concurrent_calls),
-            ("grpc.server.max_pending_requests_hard_limit", 2 * self.max_concurrent_calls),
+            ("grpc.server.max_pending_requests", 2 * self.max_concurrent_calls),
+            ("grpc.server.max_pending_requests_hard_limit", 4 * self.max_concurrent_calls),
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", 2 * self.max_metadata_bytes),
             ("grpc.keepalive_time_ms", _milliseconds(self.keepalive_seconds)),

@@ -14,6 +14,7 @@ import pytest
 from protos import transformer_pb2 as pb
 from protos import transformer_pb2_grpc
 from server.client import CallError
+from server.config import TransportLimits
 from server.edge import errors, interceptors
 from server.logs import JsonFormatter
 from server.requests import Encoded, Failed, Failure, Finished, TokensReady
@@ -212,6 +213,12 @@ async def test_a_burst_that_the_event_loop_has_not_seen_yet_is_kept() -> None:
         stubs = [transformer_pb2_grpc.TransformerStub(channel) for channel in channels]
         await asyncio.gather(*(stubs[i % 4].Generate(REQUEST, timeout=PATIENT) for i in range(2500)))
         await asyncio.gather(*(channel.close() for channel in channels))
+
+
+async def test_calls_beyond_those_a_connection_holds_wait_in_the_client() -> None:
+    """Else gRPC's core counts calls whose answers have been sent, too, and refuses what their client begins in their place."""
+    async with run_server(served_model(FakeEngine()), transport=TransportLimits(max_streams_per_connection=100)) as running:
+        await asyncio.gather(*(unary(running) for _ in range(1000)))
 
 
 @both
