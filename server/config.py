@@ -142,6 +142,7 @@ class TransportLimits:
             # client began in its place: of 3,000 calls at once on one connection half ended as UNAVAILABLE.
             ("grpc.http.overload_protection", 0),
             # Else the core cancels calls at random when more than 1,000 wait for the event loop, those of innocent callers too.
+            # On a slow machine floods on eight connections at a time were more than max_concurrent_calls.
             ("grpc.server.max_pending_requests", 2 * self.max_concurrent_calls),
             ("grpc.server.max_pending_requests_hard_limit", 4 * self.max_concurrent_calls),
             ("grpc.max_metadata_size", self.max_metadata_bytes),
