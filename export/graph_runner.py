@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.bundle import SESSION_CONFIG
+from export.bundle import session_config
 from model.config import ModelConfig
 
 Array = NDArray[Any]
@@ -23,7 +23,7 @@ BOS, EOS = 1, 2
 def open_graph(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    for name, value in SESSION_CONFIG.items():
+    for name, value in session_config().items():
         options.add_session_config_entry(name, value)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -146,7 +146,7 @@ def trace(module: nn.Module, config: ModelConfig, path: Path, precision: str) ->
 
 def _own(graph: ir.Graph, node: ir.Node, place: int) -> None:
     """Gives the node an initializer of its own for one that others use, too: layers may share weights, and the tracer makes one
-    of zero points that are alike. Where ONNX Runtime has to make weights unsigned (``export.bundle.SESSION_CONFIG``), it
+    of zero points that are alike. Where ONNX Runtime has to make weights unsigned (``export.bundle.session_config``), it
     fails at the second node of an initializer."""
     shared = node.inputs[place]
     assert shared is not None

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.bundle import SESSION_CONFIG
+from export.bundle import session_config
 
 Arrays = dict[str, NDArray[Any]]
 Session: TypeAlias = ort.InferenceSession
@@ -54,7 +54,7 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
     # Threads of one session that spin on after its run take the cores from the next run, which is often the other session's:
     # beside the decoder's, encoding took one and a half times to three times as long.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    for name, value in SESSION_CONFIG.items():
+    for name, value in session_config().items():
         options.add_session_config_entry(name, value)
     providers: list[Any] = ["CPUExecutionProvider"]
     # On a CPU the fused operator takes four times as long as the two that it replaces.

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export import bundle as module
-from export.bundle import BundleError, Manifest, describe_files, digest, open_bundle, write_bundle
+from export.bundle import BundleError, Manifest, describe_files, digest, open_bundle, session_config, write_bundle
 from tests.export.small_bundle import CERTIFICATE, FILES, fill
 
 
@@ -300,3 +300,26 @@ def test_a_certificate_of_other_graphs_is_refused(root: Path) -> None:
     assert refusal(root) == f"{root}/manifest.json: the parity certificate of fp32 is of other graphs"
     change_manifest(root, lambda values: values["certificate"]["fp32"].pop("graphs"))
     assert refusal(root) == f"{root}/manifest.json: the parity certificate of fp32 is of other graphs"
+
+
+PRECISE = {"session.x64quantprecision": "1"}
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\n", {}),
+        ("flags\t\t: fpu avx2 avx_vnni\nflags\t\t: fpu avx2 avx_vnni\n", {}),
+        ("flags\t\t: fpu avx2 avx512f\nbugs\t\t: avx512_vnni\n", PRECISE),
+        ("flags\t\t: avx512_vnni\nflags\t\t: avx2\n", PRECISE),  # a run may begin on either
+        ("flags\t\t: avx512_vnnix\n", PRECISE),
+        ("Features\t: fp asimd asimddp\n", PRECISE),
+        ("", PRECISE),
+        (None, PRECISE),
+    ],
+)
+def test_weights_become_unsigned_where_sums_saturate(told: str | None, wanted: dict[str, str], tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if told is not None:
+        cpuinfo.write_text(told, encoding="utf-8")
+    assert session_config(cpuinfo) == wanted
