@@ -48,9 +48,10 @@ class Profile:
 
 
 class Bench:
-    """One shape and precision."""
+    """One shape and precision. top_k: candidates for each row's next token; 1 is greedy, a beam search wants two a beam."""
 
-    def __init__(self, shape: str, model: Transformer, precision: str, settings: SessionSettings) -> None:
+    def __init__(self, shape: str, model: Transformer, precision: str, settings: SessionSettings, top_k: int = 1) -> None:
+        self.top_k = top_k
         self.folder, self.settings = graphs(shape, model, precision), settings
         self.shape, self.lengths = SequenceShape.from_config(SHAPES[shape].to_dict()), LENGTHS[shape]
 
@@ -85,7 +86,7 @@ class Bench:
         while time.perf_counter() < end:
             for position in range(target_length):
                 started = time.perf_counter()
-                runtime.decode(tokens, np.full(rows, position), 1)
+                runtime.decode(tokens, np.full(rows, position), self.top_k, keep_logits=False)
                 times.append(time.perf_counter() - started)
         return times[round(WARM_UP * len(times)) :]
 
@@ -112,13 +113,14 @@ def main(
     shapes: Annotated[list[str], typer.Option("--shape", help="base or tiny; may be given twice.")] = ["tiny", "base"],  # noqa: B006
     precisions: Annotated[list[str], typer.Option("--precision", help="fp32 or int8.")] = ["fp32"],  # noqa: B006
     rows: Annotated[list[int], typer.Option("--rows", help="Rows at once.")] = [1, 64],  # noqa: B006
+    top_k: Annotated[int, typer.Option(help="Candidates for each row's next token: 1 greedy, 8 with four beams.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of the session; 0: all cores.")] = 0,
     spinning: Annotated[bool, typer.Option(help="Let idle threads of the session spin.")] = True,
 ) -> None:
     console, settings = Console(), SessionSettings(threads=threads, spinning=spinning)
     console.print(f"{machine()}; ONNX Runtime {onnxruntime.__version__}, {threads or 'all'} threads")
     for shape, precision in itertools.product(shapes, precisions):
-        bench = Bench(shape, build_model(shape), precision, settings)
+        bench = Bench(shape, build_model(shape), precision, settings, top_k)
         for count in rows:
             show(console, f"{shape} {precision}, {count} rows", bench.profile(count))
 

@@ -83,17 +83,20 @@ class EngineSide:
         return run
 
     def tunings(self, concurrency: int) -> Iterator[dict[str, int]]:
-        """join_tokens: what one step may encode."""
-        yield {"join_tokens": 512}
+        """join_tokens: what one step may encode. running_rows: the rows of each engine that may be live at once; requests for
+        which there are none wait, as behind ``--max-rows``."""
+        for rows in (self.rows, 32, 16) if concurrency > 8 else (self.rows,):
+            yield {"join_tokens": 512, "running_rows": rows}
         if concurrency > 8:
-            yield {"join_tokens": 8192}
+            yield {"join_tokens": 8192, "running_rows": self.rows}
 
 
 def answer(engine: Engine, job: Job) -> int:
     """Every request is answered; returns the number of tokens."""
+    at_once = max(1, min(job.clients, job.tuning["running_rows"] // job.beams))
     decoding = Decoding(beams=job.beams, max_tokens=job.length or LONGEST, min_tokens=job.length or 0)
     requests = iter([GenerationRequest(id=str(i), input_ids=tuple(s), decoding=decoding) for i, s in enumerate(job.sources)])
-    for request in islice(requests, job.clients):
+    for request in islice(requests, at_once):
         engine.submit(request)
     tokens = 0
     while engine.has_work:

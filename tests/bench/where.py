@@ -154,7 +154,7 @@ def explain(facts: Mapping[str, Any], seconds: float) -> dict[str, float]:
     words = sum(map(len, round_of_all.sources)) if round_of_all.length is None else point.concurrency * round_of_all.length
     whole = point.job(max(1, round(seconds * facts["ours"] / words)))
     clients = len(range(0, point.concurrency, processes))
-    tuning = {"join_tokens": config["join_tokens"]}
+    tuning = {name: config[name] for name in ("join_tokens", "running_rows")}
     job = replace(whole, sources=whole.sources[::processes], clients=clients, tuning=tuning)
     bench = Bench(point, job, config["threads"])
     return bench.seconds().split(bench.operators())
