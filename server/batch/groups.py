@@ -152,6 +152,8 @@ class GroupTable:
         self.forced_length = np.zeros(capacity, np.int32)
         self.rows = np.full((capacity, min(capacity, MAX_CANDIDATES)), -1)
         """Under beam search, the row of each member; -1 behind them."""
+        self.widths = np.zeros(capacity, np.intp)
+        """How many members."""
         self.candidates = np.zeros(capacity, np.int32)
         """Candidates of each row that a step must bring back."""
         self._special = 0
@@ -269,6 +271,7 @@ class GroupTable:
         """Member i of a beam search lives in rows[i]."""
         self.rows[group.number] = -1
         self.rows[group.number, : len(rows)] = rows
+        self.widths[group.number] = len(rows)
 
     def _count(self, group: Group, change: int) -> None:
         decoding = group.request.decoding

@@ -60,25 +60,27 @@ class Hypotheses:
         """What row source[i] has written is now also what row target[i] has written; target keeps its group and member."""
         if not len(source):
             return
-        longest = int(self.length[source].max())
-        self.position[target] = self.position[source]
-        self.length[target] = self.length[source]
-        self.total[target] = self.total[source]
+        lengths = self.length.take(source)
+        longest = int(lengths.max())
+        self.position[target] = self.position.take(source)
+        self.length[target] = lengths
+        self.total[target] = self.total.take(source)
         self.tokens[target, :longest] = self.tokens[source, :longest]
         self.log_probabilities[target, :longest] = self.log_probabilities[source, :longest]
 
     def shared(self, first: Rows, second: Rows) -> Rows:
         """How many positions of rows first[i] and second[i], of one request, were fed the same tokens from the beginning."""
-        lengths = self.length[first], self.length[second]
-        longest = int(np.minimum(*lengths).max(initial=0))
-        same = self.tokens[first, :longest] == self.tokens[second, :longest]
-        same &= np.arange(longest) < np.minimum(*lengths)[:, None]
-        alike = np.where(same.all(axis=1), longest, same.argmin(axis=1)) if longest else np.zeros(len(first), np.intp)
-        return self.position[first] - lengths[0] + 1 + alike
+        length = self.length.take(first)
+        common = np.minimum(length, self.length.take(second))
+        longest = int(common.max(initial=0))
+        parted = np.empty((len(first), longest + 1), bool)
+        np.not_equal(self.tokens[first, :longest], self.tokens[second, :longest], out=parted[:, :longest])
+        parted |= np.arange(longest + 1) >= common[:, None]
+        return self.position.take(first) - length + 1 + parted.argmax(axis=1)
 
     def append(self, rows: Rows, tokens: NDArray[np.int64], log_probabilities: NDArray[np.float32]) -> None:
         """Row rows[i] writes tokens[i]."""
-        at = self.length[rows]
+        at = self.length.take(rows)
         self.tokens[rows, at] = tokens
         self.log_probabilities[rows, at] = log_probabilities
         self.total[rows] += log_probabilities

@@ -224,15 +224,15 @@ class NextTokens:
     ) -> Rows:
         """One step of the beam searches of these groups. Returns the rows of the requests that ended."""
         h, groups = self.hypotheses, self.groups
-        rows = groups.rows[numbers]
-        widest = int((rows >= 0).sum(axis=1).max())
-        table = rows[:, :widest]  # [G, widest]
+        widest = int(groups.widths[numbers].max())
+        table = groups.rows.take(numbers, axis=0)[:, :widest]  # [G, widest]
         present = table >= 0
-        choices, stops = ids[table], None
+        # take needs a tenth of the time of brackets; nobody looks at what it finds for -1.
+        choices, chances, stops = ids.take(table, axis=0), log_p.take(table, axis=0), None
         if groups.with_stop_tokens:
             stops = (choices[..., None] == groups.stop_tokens[numbers][:, None, None]).any(axis=-1)
         step = beam_step(
-            table, h.total[table], choices, log_p[table], self.end_token, stops, banks if banks is None else banks[table]
+            table, h.total.take(table), choices, chances, self.end_token, stops, banks if banks is None else banks[table]
         )
         ended = step.ended_source.tolist(), step.ended_token.tolist(), step.ended_log_probability.tolist()
         for source, token, score in zip(*ended, strict=True):
@@ -265,12 +265,15 @@ class NextTokens:
                 self._collect(groups[int(h.group[row])], row, FinishReason.STOP)
             h.total[stopped] = -np.inf
 
-        at_limit = h.length[table].max(axis=1, initial=0, where=present) >= groups.max_tokens[numbers]
+        lengths = np.where(present, h.length.take(table), 0)
+        at_limit = lengths.max(axis=1) >= groups.max_tokens[numbers]
         empty = just_ended = np.zeros(len(numbers), bool)
         if len(step.empty) or len(stopped):
-            empty = ~((h.total[table] > -np.inf) & present).any(axis=1)
+            empty = (np.where(present, h.total.take(table), -np.inf) == -np.inf).all(axis=1)
         if len(step.ended_source) or len(stopped):
-            just_ended = np.isin(numbers, h.group[np.concatenate([step.ended_source, stopped])])
+            ended_groups = np.zeros(len(groups.is_beam), bool)
+            ended_groups[h.group[step.ended_source]] = ended_groups[h.group[stopped]] = True
+            just_ended = ended_groups.take(numbers)
         gone = []
         for i in np.flatnonzero(at_limit | empty | just_ended | groups.streams[numbers]).tolist():
             group, own = groups[int(numbers[i])], table[i][present[i]]
