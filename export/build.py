@@ -13,7 +13,15 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from export.bundle import FORMAT_VERSION, Manifest, describe_files, graph_hashes, write_bundle, write_shortlist
+from export.bundle import (
+    FORMAT_VERSION,
+    Manifest,
+    describe_files,
+    graph_hashes,
+    write_bundle,
+    write_known_answers,
+    write_shortlist,
+)
 from export.graphs import check_exportable, graph_modules
 from export.quantize import observe, quantize
 from export.shortlist import find_shortlist, shortlist_cost
@@ -78,10 +86,12 @@ def build_bundle(
         for precision in precisions:
             report(f"{precision}: tracing the graphs, comparing them with PyTorch")
             _trace_graphs(run, precision, folder / precision, shortlist, alignment=alignment)
-            certificates.append(verify(run, folder / precision, precision, shortlist))
-            certificates[-1].shortlist = cost
-            if failures := certificates[-1].failures:
+            certificate, known = verify(run, folder / precision, precision, shortlist)
+            certificate.shortlist = cost
+            if failures := certificate.failures:
                 raise ExportError(f"{run_folder}: the {precision} graphs do not do what PyTorch does: {'; '.join(failures)}")
+            certificates.append(certificate)
+            write_known_answers(folder / precision, known)
         return _manifest(run, name, certificates, folder)
 
     write_bundle(target, fill, force=force)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -17,9 +18,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 SHORTLIST = "shortlist.json"
+KNOWN_ANSWERS = "known_answers.json"
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 CACHE_TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 """What keys and values are kept in, by precision; names as in numpy and torch."""
@@ -104,6 +106,27 @@ class Manifest:
         return cls(**values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownAnswer:
+    """What the graphs of one precision gave for an input where they were certified."""
+
+    input: list[int]
+    """Token ids."""
+    output: list[int]
+    """Token ids that continue it; none of an encoder-only model."""
+    values: list[float]
+    """Their log-probabilities; of an encoder-only model the class probabilities, then the vector."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownAnswers:
+    """With which a server finds out whether its machine computes what the certificate speaks of."""
+
+    most_difference: float
+    """Of a value from its own, on average, that another machine may have."""
+    answers: list[KnownAnswer]
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """An opened bundle: every file present, regular, and with the hash its manifest states."""
@@ -136,6 +159,28 @@ class Bundle:
         if not sound or ids[0] < 0 or ids[-1] >= self.manifest.model["vocab_size"] or sorted(set(ids)) != ids:
             raise BundleError(f"{path}: must be rising ids of the model's vocabulary")
         return cast("list[int]", ids)
+
+    def known_answers(self, precision: str) -> KnownAnswers:
+        """Raises BundleError for a file that holds something else."""
+        path = self.path(f"{precision}/{KNOWN_ANSWERS}")
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            answers = [KnownAnswer(**answer) for answer in told["answers"]]
+            found = KnownAnswers(most_difference=float(told["most_difference"]), answers=answers)
+            sound = len(answers) > 0 and all(_is_answer(answer, self.manifest.model) for answer in answers)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise BundleError(f"{path}: not known answers ({type(error).__name__}: {error})") from None
+        if not sound or not 0 <= found.most_difference < math.inf:
+            raise BundleError(f"{path}: not known answers of such a model")
+        return found
+
+
+def _is_answer(answer: KnownAnswer, model: dict[str, Any]) -> bool:
+    ids = [*answer.input, *answer.output]
+    numbers = all(type(value) is float and math.isfinite(value) for value in answer.values)
+    known = all(type(i) is int and 0 <= i < model["vocab_size"] for i in ids)
+    lengths = len(answer.values) == len(answer.output) if model["family"] != "encoder_only" else not answer.output
+    return numbers and known and lengths and len(answer.input) > 0 and len(answer.values) > 0
 
 
 def digest(path: Path) -> str:
@@ -232,12 +277,17 @@ def describe_files(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def graph_hashes(files: dict[str, dict[str, Any]], precision: str) -> dict[str, str]:
-    """sha256 of each graph of one precision: what its certificate speaks of."""
+    """sha256 of each graph of one precision, and of its known answers: what its certificate speaks of."""
     return {name: facts["sha256"] for name, facts in files.items() if name.startswith(f"{precision}/")}
 
 
 def write_shortlist(folder: Path, ids: Sequence[int]) -> None:
     (folder / SHORTLIST).write_text(json.dumps(list(ids)) + "\n", encoding="utf-8")
+
+
+def write_known_answers(graphs: Path, known: KnownAnswers) -> None:
+    """Args: graphs: the folder of one precision's graphs."""
+    (graphs / KNOWN_ANSWERS).write_text(json.dumps(asdict(known), allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_bundle(target: Path, fill: Callable[[Path], Manifest], *, force: bool = False) -> None:

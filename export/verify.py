@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.bundle import KnownAnswers
 from export.graph_runner import BOS, EOS, ClassifyGraphs, SequenceGraphs
+from export.known_answers import of_classifier, of_sequences
 from model import metrics
 from model.alignment import alignment_weights
 from model.checkpoint import Run
@@ -114,15 +116,22 @@ class Certificate:
         }
 
 
-def verify(run: Run, graphs: Path, precision: str, shortlist: Sequence[int] | None = None) -> Certificate:
+def verify(run: Run, graphs: Path, precision: str, shortlist: Sequence[int] | None = None) -> tuple[Certificate, KnownAnswers]:
     """Compares the exported graphs of ``precision`` with the run they came from, on the run's held-out examples.
 
     Args:
         shortlist: the tokens whose logits the graphs compute; None: all.
+
+    Returns:
+        What was found, and the answers by which another machine can tell whether it computes the same.
     """
+    inputs, targets = _examples(run)
     if run.config.has_decoder:
-        return _verify_sequences(run, SequenceGraphs(graphs, run.config, shortlist), precision)
-    return _verify_classifier(run, ClassifyGraphs(graphs, run.config), precision)
+        sequences = SequenceGraphs(graphs, run.config, shortlist)
+        certificate = _verify_sequences(run, sequences, precision, inputs, targets)
+        return certificate, of_sequences(sequences, precision, inputs)
+    classifier = ClassifyGraphs(graphs, run.config)
+    return _verify_classifier(run, classifier, precision, inputs), of_classifier(classifier, precision, inputs)
 
 
 def _examples(run: Run) -> tuple[list[list[int]], list[list[int]]]:
@@ -142,8 +151,9 @@ def _examples(run: Run) -> tuple[list[list[int]], list[list[int]]]:
     return inputs, targets
 
 
-def _verify_sequences(run: Run, graphs: SequenceGraphs, precision: str) -> Certificate:
-    inputs, targets = _examples(run)
+def _verify_sequences(
+    run: Run, graphs: SequenceGraphs, precision: str, inputs: list[list[int]], targets: list[list[int]]
+) -> Certificate:
     some, wanted = inputs[:LOGIT_INPUTS], targets[:LOGIT_INPUTS]
     certificate = Certificate(precision, len(some))
     if not some:
@@ -224,8 +234,7 @@ def _metric(name: str, before: float, after: float, *, loss: float, **more: Any)
     return {"name": name, "pytorch": before, "onnx": after, "loss": loss, **more}
 
 
-def _verify_classifier(run: Run, graphs: ClassifyGraphs, precision: str) -> Certificate:
-    inputs, _ = _examples(run)
+def _verify_classifier(run: Run, graphs: ClassifyGraphs, precision: str, inputs: list[list[int]]) -> Certificate:
     some = inputs[:LOGIT_INPUTS]
     certificate = Certificate(precision, len(some))
     trained = [_classified(run, ids) for ids in some]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +15,11 @@ from server.device.encoding_runtime import EncodingRuntime
 from server.device.runtime import SequenceRuntime
 from server.device.session import SessionSettings
 from server.engines.engine_spec import EngineSpec
+from server.engines.self_test import self_test
 from server.engines.stepper import Stepper
-from server.requests import Decoding, EncodingRequest, GenerationRequest
+from server.requests import Decoding, GenerationRequest
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(spec: EngineSpec) -> Stepper:
@@ -23,20 +27,21 @@ def build_engine(spec: EngineSpec) -> Stepper:
 
     Raises:
         BundleError: for a bundle that must not be used, or is no longer the one that was announced.
-        RuntimeUnavailable: when the device or the graphs cannot be brought up.
+        RuntimeUnavailable: when the device or the graphs cannot be brought up, or compute something else than they should.
     """
     bundle = open_bundle(Path(spec.bundle))
     if bundle.fingerprint != spec.fingerprint:
         raise BundleError(f"{spec.bundle}: is not the bundle that the server was started with")
-    return _build(bundle, spec, SessionSettings(device=spec.device, threads=spec.threads))
+    engine = _build(bundle, spec, SessionSettings(device=spec.device, threads=spec.threads))
+    difference = self_test(engine, bundle, spec.precision)
+    log.info("computes what it was certified for", extra={"model": bundle.manifest.name, "difference": difference})
+    return engine
 
 
 def _build(bundle: Bundle, spec: EngineSpec, settings: SessionSettings) -> Stepper:
     config, graphs, rows = bundle.manifest.model, bundle.root / spec.precision, spec.rows
     if config["family"] == "encoder_only":
         encoding = EncodingEngine(EncodingRuntime(graphs, settings, classes=config["classes"]), batch_rows=rows)
-        encoding.submit(EncodingRequest(id="warm-up", input_ids=(Tokenizer.EOS,)))
-        encoding.step()
         return cast("Stepper", encoding)  # each engine takes its own kind of request, which the door sees to
     runtime = SequenceRuntime(graphs, SequenceShape.from_config(config), rows, settings, shortlist=bundle.shortlist())
     runtime.tune()
@@ -48,8 +53,9 @@ def _build(bundle: Bundle, spec: EngineSpec, settings: SessionSettings) -> Stepp
         text_stream=tokenizer.stream,
         align=runtime.align if runtime.can_align else None,
     )
-    for beams in (1, min(4, rows)):
-        engine.submit(GenerationRequest(id="warm-up", input_ids=(Tokenizer.EOS,), decoding=Decoding(max_tokens=1, beams=beams)))
-        while engine.has_work:
-            engine.step()
+    engine.submit(
+        GenerationRequest(id="warm-up", input_ids=(Tokenizer.EOS,), decoding=Decoding(max_tokens=1, beams=min(4, rows)))
+    )
+    while engine.has_work:
+        engine.step()
     return cast("Stepper", engine)

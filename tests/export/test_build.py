@@ -52,7 +52,7 @@ def test_a_run_becomes_a_bundle(bundles: dict[str, Path], family: str) -> None:
     bundle = open_bundle(bundles[family])
     manifest, config = bundle.manifest, tiny.shape(family)
     graphs = ["decode"] if family == "decoder_only" else ["encode"] if family == "encoder_only" else ["decode", "encode"]
-    assert sorted(manifest.files) == [*(f"fp32/{graph}.onnx" for graph in graphs), "tokenizer.json"]
+    assert sorted(manifest.files) == [*(f"fp32/{graph}.onnx" for graph in graphs), "fp32/known_answers.json", "tokenizer.json"]
     assert (manifest.name, manifest.precisions) == (family, ["fp32"])
     assert ModelConfig.from_dict(manifest.model) == config
     assert manifest.parameters == sum(p.numel() for p in tiny.model(config).parameters())
