@@ -16,7 +16,7 @@ from export.graph_runner import EOS, ClassifyGraphs, SequenceGraphs
 
 COUNT, MOST_TOKENS = 4, 32
 """How many, and how long their outputs may be: no more than a warm-up costs."""
-MOST_DIFFERENCE = {"fp32": 0.01, "fp16": 0.1, "int8": 0.1}
+MOST_DIFFERENCE = {"fp32": 0.05, "fp16": 0.2, "int8": 0.1}
 """On average, of log-probabilities and other numbers of about that size. Kernels add in another order (on CUDA in TF32), and in
 eight bits a value on the edge between two steps of its scale falls to the other side; what is broken is off by one and more."""
 

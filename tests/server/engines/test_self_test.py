@@ -62,7 +62,7 @@ def test_the_machine_that_made_a_bundle_passes(bundles: dict[str, Path], family:
     assert not engine.has_work
     known = bundle.known_answers("fp32")
     assert sum(len(answer.values) for answer in known.answers) > 20  # it would not pass whatever it computed
-    assert known.most_difference == 0.01
+    assert known.most_difference == 0.05
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "without VNNI"])
@@ -85,13 +85,13 @@ def test_eight_bits_are_the_same_whatever_the_processor(
 
 
 def computes_otherwise(graphs: Path) -> None:
-    """The largest matrix of the last graph is a tenth smaller: as if a kernel were wrong."""
+    """The largest matrix of the last graph is half as large: as if a kernel were wrong."""
     path = graphs / ("decode.onnx" if (graphs / "decode.onnx").exists() else "encode.onnx")
     program = onnx.load(path)
     largest = max(
         (i for i in program.graph.initializer if i.data_type == onnx.TensorProto.FLOAT), key=lambda i: math.prod(i.dims)
     )
-    largest.CopyFrom(numpy_helper.from_array(0.9 * numpy_helper.to_array(largest), largest.name))
+    largest.CopyFrom(numpy_helper.from_array(0.5 * numpy_helper.to_array(largest), largest.name))
     onnx.save(program, path)
 
 
@@ -102,7 +102,7 @@ def test_a_machine_that_computes_something_else_is_noticed(bundles: dict[str, Pa
         build_engine(spec_of(root))
     message = str(caught.value)
     assert message.startswith(f"{root}: fp32 computes something else here than where it was exported")
-    assert "0.01 allowed" in message
+    assert "0.05 allowed" in message
     assert "\n" not in message
 
 
@@ -124,9 +124,9 @@ def test_what_is_no_number_is_noticed(bundles: dict[str, Path], monkeypatch: pyt
 def test_one_token_far_off_is_noticed(bundles: dict[str, Path], tmp_path: Path) -> None:
     def worse(known: dict[str, Any]) -> None:
         count = sum(len(answer["values"]) for answer in known["answers"])
-        known["answers"][-1]["values"][-1] -= 0.011 * count
+        known["answers"][-1]["values"][-1] -= 0.051 * count
 
-    with pytest.raises(RuntimeUnavailable, match=r"differ by 0\.011 on average"):
+    with pytest.raises(RuntimeUnavailable, match=r"differ by 0\.051 on average"):
         build_engine(spec_of(changed(bundles["decoder_only"], tmp_path, edited(worse))))
 
 
