@@ -40,7 +40,7 @@ from server.batch.sequence_model import SequenceShape
 from server.device.runtime import SequenceRuntime
 from server.device.session import SessionSettings
 from server.requests import Decoding, Finished, GenerationRequest
-from tests.bench.ctranslate2_peer import convert, ids, words
+from tests.bench.ctranslate2_peer import NotConvertible, convert, ids, words
 from tests.bench.shapes import machine
 
 TIE = 1e-4
@@ -176,7 +176,11 @@ def main(
             length_penalty=run.generation["length_penalty"] if width > 1 else 1.0,
             coverage_penalty=coverage_penalty if width > 1 else 0.0,
         )
-        sides = our_outputs(run, sources, search, rows), peers_outputs(run, sources, search)
+        try:
+            theirs = peers_outputs(run, sources, search)
+        except NotConvertible as error:
+            raise typer.BadParameter(str(error), param_hint="RUN") from None
+        sides = our_outputs(run, sources, search, rows), theirs
         own: list[Difference] = []
         most = 0.0
         for i, (source, ours, peers) in enumerate(zip(sources, *sides, strict=True)):
