@@ -70,10 +70,8 @@ class EngineSide:
         engines = [Contender(one) for _ in range(self.processes)]
 
         def run(job: Job) -> Outcome:
-            shares = [
-                replace(job, sources=job.sources[i :: self.processes], clients=len(range(i, job.clients, self.processes)))
-                for i in range(min(self.processes, job.clients))
-            ]
+            used = min(self.processes, job.clients)
+            shares = [replace(job, sources=job.sources[i::used], clients=len(range(i, job.clients, used))) for i in range(used)]
             started = time.perf_counter()
             for engine, share in zip(engines, shares, strict=False):
                 engine.begin(share)
