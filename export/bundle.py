@@ -43,13 +43,18 @@ def session_config(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     With this setting weights become unsigned, and the sums are exact; with VNNI they are exact without it, and a product takes
     half as long. A processor that cannot be asked is taken to have no VNNI. (Others than x86 are not touched by the setting.)
     """
+    features = processor_features(cpuinfo)
+    exact = bool(features) and all(_VNNI & one for one in features)
+    return {} if exact else {"session.x64quantprecision": "1"}
+
+
+def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[set[str]]:
+    """What each processor can do, by Linux's names ("avx512_vnni", "amx_int8"); empty where nobody says, or it is not x86."""
     try:
         told = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        told = ""
-    features = [set(line.split()) for line in told.splitlines() if line.startswith("flags")]
-    exact = bool(features) and all(_VNNI & one for one in features)
-    return {} if exact else {"session.x64quantprecision": "1"}
+        return []
+    return [set(line.split()) for line in told.splitlines() if line.startswith("flags")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

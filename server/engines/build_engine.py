@@ -13,7 +13,7 @@ from server.batch.engine import Engine
 from server.batch.sequence_model import SequenceShape
 from server.device.encoding_runtime import EncodingRuntime
 from server.device.runtime import SequenceRuntime
-from server.device.session import SessionSettings
+from server.device.session import SessionSettings, amx_lies_idle
 from server.engines.engine_spec import EngineSpec
 from server.engines.self_test import self_test
 from server.engines.stepper import Stepper
@@ -35,6 +35,11 @@ def build_engine(spec: EngineSpec) -> Stepper:
     engine = _build(bundle, spec, SessionSettings(device=spec.device, threads=spec.threads))
     difference = self_test(engine, bundle, spec.precision)
     log.info("computes what it was certified for", extra={"model": bundle.manifest.name, "difference": difference})
+    if spec.device == "cpu" and spec.precision == "int8" and amx_lies_idle():
+        log.warning(
+            "int8 takes longer than it could: bound to one processor, and ONNX Runtime uses AMX only where there are two",
+            extra={"model": bundle.manifest.name},
+        )
     return engine
 
 

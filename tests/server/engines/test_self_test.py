@@ -65,11 +65,8 @@ def test_the_machine_that_made_a_bundle_passes(bundles: dict[str, Path], family:
     assert known.most_difference == 0.05
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "without VNNI"])
-def test_eight_bits_are_the_same_whatever_the_processor(
-    bundles: dict[str, Path], tmp_path: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a processor without VNNI a bundle is served with unsigned weights, which any processor can do."""
+@pytest.fixture
+def eight_bits(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for limits, least in (
         (verify.MAX_LOGIT_DIFFERENCE, 99.0),
         (verify.MAX_METRIC_LOSS, 99.0),
@@ -77,11 +74,32 @@ def test_eight_bits_are_the_same_whatever_the_processor(
     ):
         monkeypatch.setitem(limits, "int8", least)  # random weights lose more than trained ones
     run = bundles["encoder_decoder"].with_suffix(".run")
-    build_bundle(run, tmp_path / "eight", name="eight", precisions=("int8",))
+    build_bundle(run, tmp_path / "eight", name="eight", precisions=("int8", "fp32"))
+    return tmp_path / "eight"
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "without VNNI"])
+def test_eight_bits_are_the_same_whatever_the_processor(
+    eight_bits: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor without VNNI a bundle is served with unsigned weights, which any processor can do."""
     if elsewhere:
         monkeypatch.setattr(session, "session_config", lambda: {"session.x64quantprecision": "1"})
-    engine = build_engine(spec_of(tmp_path / "eight", "int8"))
-    assert self_test(engine, open_bundle(tmp_path / "eight"), "int8") < 1e-5
+    engine = build_engine(spec_of(eight_bits, "int8"))
+    assert self_test(engine, open_bundle(eight_bits), "int8") < 1e-5
+
+
+def test_an_operator_is_told_where_eight_bits_lack_amx(
+    eight_bits: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session, "processor_features", lambda: [{"avx512_vnni", "amx_int8"}])
+    for processors, precision, told in ({0, 1}, "int8", False), ({0}, "int8", True), ({0}, "fp32", False):
+        caplog.clear()
+        monkeypatch.setattr(session.os, "sched_getaffinity", lambda _, allowed=processors: allowed)
+        build_engine(spec_of(eight_bits, precision))
+        assert ("bound to one processor" in caplog.text) is told
+    monkeypatch.setattr(session, "processor_features", lambda: [{"avx512_vnni"}])
+    assert not session.amx_lies_idle()
 
 
 def computes_otherwise(graphs: Path) -> None:
