@@ -153,7 +153,8 @@ def main(
         model, missing = build_model(shape), ""
         with ExitStack() as stack:
             sides = [start(stack, peer_sides(shape, model, precision))]
-            rows = max(concurrencies) * max(strategy.beams for strategy in strategies)
+            clients = max(CORES, *concurrencies)  # where each core has an engine, each has room for one beam search
+            rows = clients * max(strategy.beams for strategy in strategies)
             try:
                 sides.insert(0, start(stack, engine_sides(shape, model, precision, rows)))
             except (ContenderFailed, KeyError, TypeError, RuntimeError) as error:
