@@ -46,7 +46,7 @@ def choose_device(asked: str) -> str:
 
 
 def amx_lies_idle() -> bool:
-    """Whether eight-bit products of 16 rows and more take twice as long as this processor could do them in.
+    """Whether eight-bit products of many rows take up to twice as long as this processor could do them in.
 
     ONNX Runtime (1.32) uses AMX once it has seen what is in its registers survive a move from one processor to another. A
     process that is bound to a single one has no other, and goes without.
