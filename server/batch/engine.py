@@ -21,7 +21,7 @@ from server.batch.hypotheses import Hypotheses
 from server.batch.kv_cache import Rows, RowTable
 from server.batch.next_tokens import NextTokens
 from server.batch.sampling import uniform_draws
-from server.batch.scheduler import Scheduler, Waiting
+from server.batch.scheduler import Company, Scheduler, Waiting
 from server.batch.sequence_model import Candidates, SequenceModel
 from server.batch.step_stats import StepStats
 from server.batch.stopping import StoppingText, TextStream
@@ -80,6 +80,7 @@ class Engine:
         self.text_stream = text_stream
         self.clock = clock
         self.scheduler = Scheduler(join_tokens)
+        self._company = Company()
         self.rows = RowTable(model.rows)
         longest = model.shape.longest_target
         self.hypotheses = Hypotheses.empty(model.rows, longest)
@@ -144,11 +145,16 @@ class Engine:
     # Joining
 
     def _join(self, now: float) -> None:
-        joined = self._encode_sources() if self.model.shape.has_encoder else self._prefill_prompts()
+        joined = self._encode_sources(now) if self.model.shape.has_encoder else self._prefill_prompts()
         self._work.queue_seconds = tuple(now - waiting.since for waiting in joined)
         self._work.joined = tuple(waiting.request.id for waiting in joined)
 
-    def _encode_sources(self) -> list[Waiting]:
+    def _encode_sources(self, now: float) -> list[Waiting]:
+        fitting = self.scheduler.fitting(self.rows.free)
+        full = sum(len(w.request.input_ids) for w in fitting) >= self.scheduler.join_tokens
+        held_up = 0.0 if full else len(self.groups) * self.model.encoding_overhead
+        if not self._company.is_complete(len(fitting), now, held_up):
+            return []
         joining = self.scheduler.schedule(self.rows.free)
         if joining:
             rows = [self.rows.join(w.request.decoding.rows) for w in joining]

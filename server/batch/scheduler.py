@@ -1,7 +1,8 @@
 """Who joins the running batch, and when. No clock, no I/O: the same calls give the same answers.
 
 First come, first served. A request joins between any two decode steps, when there are rows for all of its hypotheses; how much
-encoding or prefilling one step may do is bounded, so that joining requests cannot stall the streams of those that run.
+encoding or prefilling one step may do is bounded, so that joining requests cannot stall the streams of those that run. Where
+several sources are encoded in less time together than one after the other, the first may wait a little for others.
 """
 
 from __future__ import annotations
@@ -51,7 +52,14 @@ class Scheduler:
         return True
 
     def schedule(self, free_rows: int, budget: int | None = None) -> list[Waiting]:
-        """The requests that join now, in order of arrival, taken off the queue.
+        """``fitting``, taken off the queue."""
+        joining = self.fitting(free_rows, budget)
+        for waiting in joining:
+            self.remove(waiting.request.id)
+        return joining
+
+    def fitting(self, free_rows: int, budget: int | None = None) -> list[Waiting]:
+        """The requests that can join now, in order of arrival.
 
         Args:
             budget: input tokens for this step, where some are spent already; ``join_tokens`` otherwise.
@@ -65,6 +73,33 @@ class Scheduler:
             free_rows -= rows
             budget -= tokens
             joining.append(waiting)
-        for waiting in joining:
-            self.remove(waiting.request.id)
         return joining
+
+
+class Company:
+    """Whether requests that can join should wait for others, to be encoded with them.
+
+    An encoding costs a certain time however much it encodes, and holds up everybody who runs. So those who wait may, all
+    together, wait as long as it would hold up the others, all together. Where many arrive in that time, the sum of both is
+    then the least (the economic order quantity, Harris 1913), where nobody does at most twice the least; the rate of arrivals
+    need not be known.
+    """
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+        self._count = 0
+        self._since = 0.0
+
+    def is_complete(self, count: int, now: float, held_up: float) -> bool:
+        """Asked before each step.
+
+        Args:
+            count: requests that could join.
+            held_up: seconds that others would lose by an encoding now, all together.
+        """
+        self._waited += self._count * (now - self._since)
+        self._count, self._since = count, now
+        if count and self._waited < held_up:
+            return False
+        self._waited, self._count = 0.0, 0
+        return True

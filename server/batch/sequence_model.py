@@ -57,6 +57,8 @@ class SequenceModel(Protocol):
 
     shape: SequenceShape
     rows: int
+    encoding_overhead: float
+    """Seconds that a call of ``encode`` takes however little it encodes; 0 where nobody knows."""
 
     @property
     def top_k_choices(self) -> Sequence[int]:

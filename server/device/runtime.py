@@ -23,6 +23,9 @@ from server.device.device_caches import DeviceCaches
 from server.device.host_caches import HostCaches
 from server.device.session import Arrays, Binding, RuntimeUnavailable, Session, SessionSettings, bind_arrays, open_session, pad
 
+_SOURCES = 4
+"""That are encoded together to see what they save."""
+
 
 class SequenceRuntime:
     """A ``SequenceModel``: the sessions of a model with a decoder, and its caches.
@@ -34,6 +37,7 @@ class SequenceRuntime:
 
     Attributes:
         step_rows: most rows of one run of the graph; a step over more rows takes several. See ``tune``.
+        encoding_overhead: as ``SequenceModel``'s; 0 until ``tune``.
 
     Raises:
         RuntimeUnavailable: when the graphs cannot be loaded or the caches do not fit the device.
@@ -50,6 +54,7 @@ class SequenceRuntime:
     ) -> None:
         self.shape, self.rows = shape, rows
         self.step_rows = rows
+        self.encoding_overhead = 0.0
         self._shortlist = None if shortlist is None else np.array(shortlist)
         self._outputs = shape.vocab_size if shortlist is None else len(shortlist)
         self._device = settings.device
@@ -162,7 +167,7 @@ class SequenceRuntime:
             self._steps.clear()
 
     def tune(self) -> None:
-        """Sets ``step_rows`` by measurement. Call it before the first request.
+        """Sets ``step_rows`` and ``encoding_overhead`` by measurement. Call it before the first request.
 
         Logits of many rows do not stay in a core's cache between the operators that work on them: on a small model two runs of
         32 rows may take less time than one of 64. On a large one the weights are what is read, and many rows share one reading.
@@ -180,6 +185,10 @@ class SequenceRuntime:
             if seconds < 0.98 * best:  # fewer rows a run only for a reason
                 chosen, best = size, seconds
         self.step_rows = chosen
+        if self._encode is not None and self.rows >= _SOURCES:
+            # Seconds of k sources are about a + b k; what is wanted is a.
+            one, several = np.min([[self._time_encoding(count) for count in (1, _SOURCES)] for _ in range(8)], axis=0)
+            self.encoding_overhead = max(0.0, float(_SOURCES * one - several) / (_SOURCES - 1))
         self._source_last[:] = 0
 
     def _time_step(self, step_rows: int, age: int) -> float:
@@ -187,6 +196,13 @@ class SequenceRuntime:
         self.step_rows, rows = step_rows, self.rows
         started = time.perf_counter()
         self.decode(np.zeros(rows, np.int64), np.full(rows, age), self.top_k_choices[0], keep_logits=False)
+        return time.perf_counter() - started
+
+    def _time_encoding(self, count: int) -> float:
+        """Seconds of an encoding of so many sources."""
+        source = [0] * min(16, self.shape.longest_source)
+        started = time.perf_counter()
+        self.encode([source] * count, [np.array([row]) for row in range(count)])
         return time.perf_counter() - started
 
     def logits(self, rows: Rows) -> NDArray[np.float32]:

@@ -25,8 +25,8 @@ class ToyModel:
     shape = SequenceShape(layers=1, kv_heads=1, head_width=1, vocab_size=VOCABULARY, longest_target=16, longest_source=16)
     top_k_choices = [4, 8, VOCABULARY]  # noqa: RUF012
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, rows: int, encoding_overhead: float = 0.0) -> None:
+        self.rows, self.encoding_overhead = rows, encoding_overhead
         self.sources: list[tuple[int, ...]] = [()] * rows
         self.targets: list[tuple[int, ...]] = [()] * rows
         self._last = np.zeros((0, VOCABULARY), np.float32)

@@ -55,16 +55,17 @@ class VirtualEngine:
         self._commands: list[Command] = []
         self._wake = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self.pace = rng.choice([0.001, 0.01, 0.1])
         self.engine = self._build()
         self.waiting_outside: Callable[[], int] = lambda: 0
         """Requests in the queue in front of this engine."""
-        self.pace = rng.choice([0.001, 0.01, 0.1])
         self._rows_of: Counter[str] = Counter()
         """Held or asked for, by tenant."""
 
     def _build(self) -> Engine:
         loop = asyncio.get_running_loop()
-        return Engine(ToyModel(self._rows), start_token=_BOS, end_token=EOS, join_tokens=20, clock=loop.time)
+        model = ToyModel(self._rows, encoding_overhead=self.pace / 4)
+        return Engine(model, start_token=_BOS, end_token=EOS, join_tokens=20, clock=loop.time)
 
     async def start(self) -> None:
         self._in_flight.alive = True

@@ -26,6 +26,7 @@ def engine(family: str, rows: int = 16, join_tokens: int = 24, precision: str = 
         tiny.graphs(config, precision=precision), SequenceShape.from_config(config.to_dict()), rows, SessionSettings(threads=1)
     )
     runtime.step_rows = 7  # a step over more rows takes several runs
+    runtime.encoding_overhead = 1e-4  # some wait for company
     return Engine(runtime, start_token=reference.BOS, end_token=reference.EOS, join_tokens=join_tokens)
 
 
@@ -293,3 +294,42 @@ def test_beams_wider_than_the_vocabulary() -> None:
             patience=2.0,
         )
         assert tokens_of(events[request.id]) == [h.tokens for h in wanted]
+
+
+def test_a_source_waits_for_company_while_others_run() -> None:
+    running, now = engine("encoder_decoder"), [0.0]
+    running.clock = lambda: now[0]
+    running.model.encoding_overhead = 2.0
+
+    def submit(name: str) -> None:
+        running.submit(GenerationRequest(id=name, input_ids=(5, 6), decoding=Decoding(max_tokens=16, min_tokens=16)))
+
+    def joined_at(time: float) -> tuple[str, ...]:
+        now[0] = time
+        return running.step()[1].joined
+
+    submit("first")
+    assert joined_at(0.0) == ("first",)  # nobody runs yet
+    submit("second")
+    assert joined_at(1.0) == ()
+    assert joined_at(2.75) == ()
+    submit("third")
+    assert joined_at(2.875) == ()
+    assert joined_at(3.0) == ("second", "third")  # together they have waited for 2 s, as long as "first" will
+    for name in ("fourth", "fifth"):
+        submit(name)
+    assert joined_at(4.0) == ()
+    assert joined_at(6.5) == ()
+    assert joined_at(7.0) == ("fourth", "fifth")  # three run now
+
+
+def test_sources_enough_for_a_step_wait_for_nobody() -> None:
+    running = engine("encoder_decoder", join_tokens=6)
+    running.clock = lambda: 0.0
+    running.model.encoding_overhead = 2.0
+    for name in ("first", "second", "third"):
+        running.submit(GenerationRequest(id=name, input_ids=(5, 6, 7), decoding=Decoding(max_tokens=16, min_tokens=16)))
+    assert running.step()[1].joined == ("first", "second")
+    assert running.step()[1].joined == ()
+    running.submit(GenerationRequest(id="fourth", input_ids=(5, 6, 7), decoding=Decoding(max_tokens=16, min_tokens=16)))
+    assert running.step()[1].joined == ("third", "fourth")

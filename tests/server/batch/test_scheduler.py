@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batch.scheduler import Scheduler
+from server.batch.scheduler import Company, Scheduler
 from server.requests import Decoding, GenerationRequest
 
 
@@ -99,3 +100,53 @@ def test_the_queue_through_any_traffic(data: st.DataObject) -> None:
         assert queue(scheduler) == [r.id for r in waiting]
         assert len(scheduler) == len(waiting)
         assert scheduler.waiting_tokens == sum(len(r.input_ids) for r in waiting)
+
+
+def test_what_fits_stays_in_the_queue_until_it_is_scheduled() -> None:
+    scheduler = Scheduler(join_tokens=20)
+    for name, tokens in (("a", 12), ("b", 8), ("c", 1)):
+        scheduler.add(request(name, tokens), now=0.0)
+    assert names(scheduler.fitting(free_rows=9)) == ["a", "b"]
+    assert queue(scheduler) == ["a", "b", "c"]
+    assert scheduler.waiting_tokens == 21
+    assert names(scheduler.schedule(free_rows=9)) == ["a", "b"]
+
+
+def test_who_holds_nobody_up_waits_for_nobody() -> None:
+    assert Company().is_complete(1, now=5.0, held_up=0.0)
+
+
+def test_they_wait_together_as_long_as_they_would_hold_up_the_others() -> None:
+    company = Company()
+    assert not company.is_complete(1, now=10.0, held_up=6.0)
+    assert not company.is_complete(3, now=13.0, held_up=6.0)  # one has waited for 3 s
+    assert company.is_complete(3, now=14.0, held_up=6.0)  # and three for 1 s each
+    assert not company.is_complete(1, now=20.0, held_up=6.0)  # what was waited before is paid
+    assert not company.is_complete(1, now=25.5, held_up=6.0)
+    assert company.is_complete(1, now=26.0, held_up=6.0)
+
+
+def test_time_in_which_nobody_waits_does_not_count() -> None:
+    company = Company()
+    assert company.is_complete(0, now=1.0, held_up=6.0)  # nobody is there to wait
+    assert not company.is_complete(1, now=100.0, held_up=6.0)
+    assert company.is_complete(0, now=103.0, held_up=6.0)  # it was cancelled, and with it what it had waited
+    assert not company.is_complete(1, now=200.0, held_up=6.0)
+    assert not company.is_complete(1, now=204.0, held_up=6.0)
+
+
+@pytest.mark.parametrize(
+    ("every", "held_up", "most"), [(1.0, 8.0, 1.2), (1.0, 32.0, 1.2), (0.25, 5.0, 1.2), (1.0, 0.5, 2.0), (4.0, 3.5, 2.0)]
+)
+def test_waiting_costs_little_more_than_the_best_that_could_be_done(every: float, held_up: float, most: float) -> None:
+    """Sources come at a steady rate; each encoding costs the others ``held_up``, and each second of waiting costs one."""
+    company, arrived, spent = Company(), list[float](), 0.0
+    step, duration = 1 / 64, 2048
+    for now in (step * i for i in range(int(duration / step))):
+        if now % every == 0.0:
+            arrived.append(now)
+        if company.is_complete(len(arrived), now, held_up) and arrived:
+            spent += held_up + sum(now - at for at in arrived)
+            arrived.clear()
+    best = min(held_up / size + every * (size - 1) / 2 for size in range(1, 40)) * duration / every
+    assert spent <= most * best

@@ -26,6 +26,7 @@ class ListedModel:
 
     def __init__(self, shape: SequenceShape = SHAPE, rows: int = 4) -> None:
         self.shape, self.rows = shape, rows
+        self.encoding_overhead = 0.0
         self.calls: list[tuple[object, ...]] = []
         self.now = 100.0
 

@@ -210,6 +210,7 @@ def test_a_step_may_be_cut_into_runs_of_any_size(name: str) -> None:
     )
     runtime.tune()
     assert 1 <= runtime.step_rows <= ROWS
+    assert (runtime.encoding_overhead > 0.0) == config.has_encoder
     tokens, positions = np.arange(ROWS) % 30 + 4, np.zeros(ROWS, np.int64)
     if config.has_encoder:
         runtime.encode([[5, 6, 7]] * ROWS, [np.array([row]) for row in range(ROWS)])
@@ -222,3 +223,16 @@ def test_a_step_may_be_cut_into_runs_of_any_size(name: str) -> None:
         np.testing.assert_array_equal(ids, found[0][0])
         np.testing.assert_allclose(log_p, found[0][1], atol=1e-5)
         np.testing.assert_allclose(logits, found[0][2], atol=1e-5)
+
+
+def test_the_overhead_of_an_encoding_is_what_does_not_grow_with_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["encoder_decoder"]
+    runtime = SequenceRuntime(
+        tiny.graphs(config), SequenceShape.from_config(config.to_dict()), ROWS, SessionSettings(threads=1)
+    )
+    monkeypatch.setattr(runtime, "_time_encoding", lambda count: 0.5 + 2.0 * count)
+    runtime.tune()
+    assert runtime.encoding_overhead == pytest.approx(0.5)
+    monkeypatch.setattr(runtime, "_time_encoding", lambda count: count**2)  # together they take longer: none waits
+    runtime.tune()
+    assert runtime.encoding_overhead == 0.0
