@@ -153,7 +153,7 @@ class Engine:
         fitting = self.scheduler.fitting(self.rows.free)
         full = sum(len(w.request.input_ids) for w in fitting) >= self.scheduler.join_tokens
         held_up = 0.0 if full else len(self.groups) * self.model.encoding_overhead
-        if not self._company.is_complete(len(fitting), now, held_up):
+        if not self._company.is_complete(len(fitting), now, held_up, self.scheduler.gap(now)):
             return []
         joining = self.scheduler.schedule(self.rows.free)
         if joining:

@@ -7,7 +7,8 @@ several sources are encoded in less time together than one after the other, the 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class Scheduler:
         self.join_tokens = join_tokens
         self.waiting_tokens = 0
         self._queue: OrderedDict[str, Waiting] = OrderedDict()
+        self._arrivals = deque[float](maxlen=8)
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -41,6 +43,7 @@ class Scheduler:
 
     def add(self, request: GenerationRequest, now: float) -> None:
         self._queue[request.id] = Waiting(request=request, since=now)
+        self._arrivals.append(now)
         self.waiting_tokens += len(request.input_ids)
 
     def remove(self, request_id: str) -> bool:
@@ -50,6 +53,10 @@ class Scheduler:
             return False
         self.waiting_tokens -= len(waiting.request.input_ids)
         return True
+
+    def gap(self, now: float) -> float:
+        """Seconds between two arrivals, by the last few."""
+        return (now - self._arrivals[0]) / len(self._arrivals) if self._arrivals else math.inf
 
     def schedule(self, free_rows: int, budget: int | None = None) -> list[Waiting]:
         """``fitting``, taken off the queue."""
@@ -80,9 +87,8 @@ class Company:
     """Whether requests that can join should wait for others, to be encoded with them.
 
     An encoding costs a certain time however much it encodes, and holds up everybody who runs. So those who wait may, all
-    together, wait as long as it would hold up the others, all together. Where many arrive in that time, the sum of both is
-    then the least (the economic order quantity, Harris 1913), where nobody does at most twice the least; the rate of arrivals
-    need not be known.
+    together, wait as long as it would hold up the others, all together: then the sum of both is the least (it is the economic
+    order quantity, Harris 1913). Where arrivals are so rare that nobody is expected in that time, nobody waits.
     """
 
     def __init__(self) -> None:
@@ -90,16 +96,17 @@ class Company:
         self._count = 0
         self._since = 0.0
 
-    def is_complete(self, count: int, now: float, held_up: float) -> bool:
+    def is_complete(self, count: int, now: float, held_up: float, gap: float) -> bool:
         """Asked before each step.
 
         Args:
             count: requests that could join.
             held_up: seconds that others would lose by an encoding now, all together.
+            gap: seconds until another request is expected.
         """
         self._waited += self._count * (now - self._since)
         self._count, self._since = count, now
-        if count and self._waited < held_up:
+        if count and max(self._waited, count * gap) < held_up:
             return False
         self._waited, self._count = 0.0, 0
         return True

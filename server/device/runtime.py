@@ -187,7 +187,7 @@ class SequenceRuntime:
         self.step_rows = chosen
         if self._encode is not None and self.rows >= _SOURCES:
             # Seconds of k sources are about a + b k; what is wanted is a.
-            one, several = np.min([[self._time_encoding(count) for count in (1, _SOURCES)] for _ in range(8)], axis=0)
+            one, several = np.min([[self._time_encoding(count) for count in (1, _SOURCES)] for _ in range(16)], axis=0)
             self.encoding_overhead = max(0.0, float(_SOURCES * one - several) / (_SOURCES - 1))
         self._source_last[:] = 0
 
