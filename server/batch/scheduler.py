@@ -87,8 +87,9 @@ class Company:
     """Whether requests that can join should wait for others, to be encoded with them.
 
     An encoding costs a certain time however much it encodes, and holds up everybody who runs. So those who wait may, all
-    together, wait as long as it would hold up the others, all together: then the sum of both is the least (it is the economic
-    order quantity, Harris 1913). Where arrivals are so rare that nobody is expected in that time, nobody waits.
+    together, wait as long as it would hold up the others, all together: at a steady rate the sum of both is then about the
+    least (the economic order quantity, Harris 1913). Where arrivals are so rare that nobody is expected in that time, nobody
+    waits.
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ async def test_a_greedy_tenant_crowds_out_itself_alone(bundles: dict[str, Path])
     arguments = ("--device", "cpu", "--engines", "1", "--threads", "1", "--max-rows", "4", *tenants)
     async with server_process(bundles["encoder_decoder"], *arguments) as server:
         # One request fills the rows, so that far fewer calls are too many than would keep the front end from its work. How many
-        # are too many is measured: a fast machine answers seven times as many as a slow one.
+        # are too many is measured, for machines differ.
         plan = Plan(
             target=server.target, texts=["abc def"], seed=1, schedule=[], seconds=1.5, stream=False, deadline=20.0, beams=4
         )
