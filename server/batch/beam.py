@@ -5,7 +5,7 @@ Shapes: G groups, W the widest beam among them, C candidates a row. A narrower g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,25 @@ from server.batch.kv_cache import Rows
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class BeamStep:
+class Beams(NamedTuple):
+    """Groups under beam search, and where their members live."""
+
+    numbers: Rows
+    """[G] of the groups."""
+    rows: Rows
+    """[G, W] row of each member; -1 where the group is narrower."""
+    present: NDArray[np.bool_]
+    """[G, W] where it is not."""
+    complete: bool
+    """Whether all are equally wide."""
+
+    @classmethod
+    def of(cls, numbers: Rows, rows: Rows) -> Beams:
+        present = rows >= 0
+        return cls(numbers, rows, present, bool(present.all()))
+
+
+class BeamStep(NamedTuple):
     """What one step decided, as flat arrays."""
 
     survivor_source: Rows
@@ -35,7 +52,7 @@ class BeamStep:
 
 
 def beam_step(
-    rows: NDArray[np.intp],
+    beams: Beams,
     totals: Floats,
     ids: NDArray[np.int64],
     log_probabilities: Floats,
@@ -49,7 +66,6 @@ def beam_step(
     the first ``width`` others survive. A survivor stays in its parent's row where it can, so that few cache rows are copied.
 
     Args:
-        rows: [G, W] rows of each group; -1 where the group is narrower.
         totals: [G, W] log-probability of each hypothesis so far; -inf where there is none.
         ids, log_probabilities: [G, W, C], best first; C at least 2 x W (one more where the end is forbidden).
         end: id of the end-of-text token.
@@ -57,17 +73,18 @@ def beam_step(
         banks: [G, W, C] how much of required phrases a candidate has written; candidates are then ranked as in
             ``constraints.order_by_banks``, and their order along C does not matter.
     """
+    _, rows, present, complete = beams
     groups, width = rows.shape
     candidates = ids.shape[2]
-    present = rows >= 0
-    complete = bool(present.all())
     scores = totals[:, :, None] + log_probabilities
     if not complete:
         scores[~present] = -np.inf
     scores = scores.reshape(groups, -1)
     order = (-scores).argsort(axis=1, kind="stable") if banks is None else order_by_banks(scores, banks.reshape(groups, -1))
     # From here on by cell, counted through [G, W, C]; cell // C is a place, counted through [G, W].
-    cell = order[:, : 2 * width] + np.arange(0, groups * width * candidates, width * candidates)[:, None]
+    cell = order[:, : 2 * width]
+    if groups > 1:
+        cell = cell + np.arange(0, groups * width * candidates, width * candidates)[:, None]
     ranked, ends = scores.take(cell), ids.take(cell) == end
     if stops is not None:
         ends |= stops.take(cell)

@@ -9,6 +9,7 @@ The engine reports (events, ``StepStats``) and measures nothing else; it knows n
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -39,18 +40,6 @@ class _Prefill:
 
     waiting: Waiting
     done: int = 0
-
-
-@dataclass(slots=True)
-class _StepWork:
-    """What one step did, for StepStats."""
-
-    runtime_seconds: float = 0.0
-    rows: int = 0
-    new_tokens: int = 0
-    joined: tuple[str, ...] = ()
-    encoded_tokens: int = 0
-    queue_seconds: tuple[float, ...] = ()
 
 
 class Engine:
@@ -87,7 +76,7 @@ class Engine:
         self.groups = GroupTable(model.rows, longest)
         self._prefill: _Prefill | None = None
         self._events: list[Addressed] = []
-        self._work = _StepWork()
+        self._stats = StepStats()
         self._wasted_tokens = 0
         aligner = Aligner(align, start_token) if align else None
         self._next = NextTokens(model, self.hypotheses, self.groups, end_token, self._emit, aligner)
@@ -117,37 +106,29 @@ class Engine:
     def step(self) -> tuple[list[Addressed], StepStats]:
         """One iteration; call it while ``has_work``."""
         started = self.clock()
-        self._events, self._work = [], _StepWork()
+        self._events, self._stats = [], (stats := StepStats())
         self._join(started)
         if self.rows.live:
             written = self._next.tokens_written
             gone = self._next.write(self._decode())
-            self._work.new_tokens = self._next.tokens_written - written
+            stats.new_tokens = self._next.tokens_written - written
             if len(gone):
                 self._leave(gone)
-        work, wasted_tokens, self._wasted_tokens = self._work, self._wasted_tokens, 0
-        return self._events, StepStats(
-            seconds=self.clock() - started,
-            runtime_seconds=work.runtime_seconds,
-            rows=work.rows,
-            new_tokens=work.new_tokens,
-            joined=work.joined,
-            encoded_tokens=work.encoded_tokens,
-            live_requests=len(self.groups),
-            live_rows=self.rows.live,
-            row_capacity=self.rows.capacity,
-            waiting_requests=len(self.scheduler) + (self._prefill is not None),
-            waiting_tokens=self.scheduler.waiting_tokens,
-            queue_seconds=work.queue_seconds,
-            wasted_tokens=wasted_tokens,
-        )
+        stats.live_requests, stats.live_rows, stats.row_capacity = len(self.groups), self.rows.live, self.rows.capacity
+        stats.waiting_requests = len(self.scheduler) + (self._prefill is not None)
+        stats.waiting_tokens = self.scheduler.waiting_tokens
+        stats.wasted_tokens, self._wasted_tokens = self._wasted_tokens, 0
+        stats.seconds = self.clock() - started
+        return self._events, stats
 
     # Joining
 
     def _join(self, now: float) -> None:
+        if not (self.scheduler or self._prefill or self._company.anyone):
+            return
         joined = self._encode_sources(now) if self.model.shape.has_encoder else self._prefill_prompts()
-        self._work.queue_seconds = tuple(now - waiting.since for waiting in joined)
-        self._work.joined = tuple(waiting.request.id for waiting in joined)
+        self._stats.queue_seconds = tuple(now - waiting.since for waiting in joined)
+        self._stats.joined = tuple(waiting.request.id for waiting in joined)
 
     def _encode_sources(self, now: float) -> list[Waiting]:
         fitting = self.scheduler.fitting(self.rows.free)
@@ -160,7 +141,7 @@ class Engine:
             rows = [self.rows.join(w.request.decoding.rows) for w in joining]
             sources = [w.request.input_ids for w in joining]
             self._timed(self.model.encode, sources, rows)
-            self._work.encoded_tokens = sum(map(len, sources))
+            self._stats.encoded_tokens = sum(map(len, sources))
             for waiting, own in zip(joining, rows, strict=True):
                 self._start(waiting.request, own, self.start_token, position=0)
         return joining
@@ -179,7 +160,7 @@ class Engine:
             chunk = prompt[done : done + budget]
             if chunk:
                 self._timed(self.model.prefill, chunk, done)
-            self._work.encoded_tokens += len(chunk)
+            self._stats.encoded_tokens += len(chunk)
             self._prefill.done += len(chunk)
             budget -= max(1, len(chunk))
             if self._prefill.done == len(prompt):
@@ -216,9 +197,9 @@ class Engine:
 
     def _decode(self) -> Candidates:
         n, h = self.rows.live, self.hypotheses
-        wanted, choices = self.groups.most_candidates, self.model.top_k_choices
-        top_k = next((k for k in choices if k >= wanted), choices[-1])
-        self._work.rows = n
+        choices = self.model.top_k_choices
+        top_k = choices[min(bisect_left(choices, self.groups.most_candidates), len(choices) - 1)]
+        self._stats.rows = n
         keep_logits = not self.groups.all_plain
         return self._timed(self.model.decode, h.next_token[:n], h.position[:n], top_k, keep_logits=keep_logits)
 
@@ -236,11 +217,12 @@ class Engine:
             self.model.move(moves.source, moves.target, int(self.hypotheses.position[moves.source].max()))
             h = self.hypotheses
             h.move(*moves)
-            beams = moves.target[self.groups.is_beam[h.group[moves.target]]]
-            self.groups.rows[h.group[beams], h.member[beams]] = beams
+            if self.groups.any_beams:
+                beams = moves.target[self.groups.is_beam[h.group[moves.target]]]
+                self.groups.move(h.group[beams], h.member[beams], beams)
 
     def _timed(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         started = self.clock()
         result = call(*args, **kwargs)
-        self._work.runtime_seconds += self.clock() - started
+        self._stats.runtime_seconds += self.clock() - started
         return result

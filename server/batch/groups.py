@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from server.batch.beam import Beams
 from server.batch.constraints import RequiredPhrases
 from server.batch.kv_cache import Rows
 from server.batch.penalties import AdjustmentTable
@@ -158,8 +158,9 @@ class GroupTable:
         """Candidates of each row that a step must bring back."""
         self._special = 0
         self._greedy = 0
+        self._beams = 0
         self._with_min_tokens = 0
-        self._beam_numbers: NDArray[np.intp] | None = None
+        self._all_beams: Beams | None = None
         self._most_candidates: int | None = None
         self.adjusted = 0
         """How many groups choose from an adjusted distribution, ..."""
@@ -191,15 +192,24 @@ class GroupTable:
         return self._greedy > 0
 
     @property
+    def any_beams(self) -> bool:
+        return self._beams > 0
+
+    @property
     def any_min_tokens(self) -> bool:
         return self._with_min_tokens > 0
 
     @property
-    def beam_numbers(self) -> NDArray[np.intp]:
+    def all_beams(self) -> Beams:
         """The groups under beam search, in order of arrival."""
-        if self._beam_numbers is None:
-            self._beam_numbers = np.array([g.number for g in self._by_number.values() if g.is_beam], np.intp)
-        return self._beam_numbers
+        if self._all_beams is None:
+            self._all_beams = self.beams(np.array([g.number for g in self._by_number.values() if g.is_beam], np.intp))
+        return self._all_beams
+
+    def beams(self, numbers: Rows) -> Beams:
+        """Some of them."""
+        widest = int(self.widths[numbers].max(initial=0))
+        return Beams.of(numbers, self.rows.take(numbers, axis=0)[:, :widest])
 
     @property
     def most_candidates(self) -> int:
@@ -272,11 +282,18 @@ class GroupTable:
         self.rows[group.number] = -1
         self.rows[group.number, : len(rows)] = rows
         self.widths[group.number] = len(rows)
+        self._all_beams = None
+
+    def move(self, numbers: Rows, members: Rows, rows: Rows) -> None:
+        """Member members[i] of beam search numbers[i] lives in rows[i] from now on."""
+        self.rows[numbers, members] = rows
+        self._all_beams = None
 
     def _count(self, group: Group, change: int) -> None:
         decoding = group.request.decoding
         self._special += change * (not group.is_plain)
         self._greedy += change * (not group.is_beam)
+        self._beams += change * group.is_beam
         self.streaming += change * group.request.stream
         self._with_min_tokens += change * (decoding.min_tokens > 0)
         self.adjusted += change * group.is_adjusted
@@ -286,4 +303,4 @@ class GroupTable:
         self.with_phrases += change * bool(decoding.required_phrases)
         self._most_candidates = None
         if group.is_beam:
-            self._beam_numbers = None
+            self._all_beams = None

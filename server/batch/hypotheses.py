@@ -5,7 +5,7 @@ A *group* is the rows of one request; group numbers are stable, row numbers are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +17,18 @@ from server.batch.kv_cache import Rows
 class Hypotheses:
     """Arrays of one entry per row; R is the row capacity, T the longest output."""
 
+    numbers: NDArray[np.int64]
+    """[5, R]: the five that follow lie in one, for a step on a small model is short, and counts how often numpy is called."""
+    length: NDArray[np.int64]
+    """[R] output tokens so far."""
+    position: NDArray[np.int64]
+    """[R] where the next token stands."""
     next_token: NDArray[np.int64]
     """[R] fed to the model in the next step."""
-    position: NDArray[np.int64]
-    """[R] where it stands."""
-    group: NDArray[np.int32]
+    group: NDArray[np.int64]
     """[R] the request."""
-    member: NDArray[np.int32]
+    member: NDArray[np.int64]
     """[R] which hypothesis of the request."""
-    length: NDArray[np.int32]
-    """[R] output tokens so far."""
     total: NDArray[np.float32]
     """[R] sum of their log-probabilities; -inf marks a beam with nothing in it."""
     tokens: NDArray[np.int32]
@@ -38,12 +40,15 @@ class Hypotheses:
 
     @classmethod
     def empty(cls, rows: int, longest: int) -> Hypotheses:
+        numbers = np.zeros((5, rows), np.int64)
+        length, position, next_token, group, member = numbers
         return cls(
-            next_token=np.zeros(rows, np.int64),
-            position=np.zeros(rows, np.int64),
-            group=np.zeros(rows, np.int32),
-            member=np.zeros(rows, np.int32),
-            length=np.zeros(rows, np.int32),
+            numbers=numbers,
+            length=length,
+            position=position,
+            next_token=next_token,
+            group=group,
+            member=member,
             total=np.zeros(rows, np.float32),
             tokens=np.zeros((rows, longest), np.int32),
             log_probabilities=np.zeros((rows, longest), np.float32),
@@ -52,8 +57,8 @@ class Hypotheses:
 
     def move(self, source: Rows, target: Rows) -> None:
         """Row source[i] becomes row target[i]."""
-        for field in fields(self):
-            array = getattr(self, field.name)
+        self.numbers[:, target] = self.numbers[:, source]
+        for array in (self.total, self.tokens, self.log_probabilities, self.draws):
             array[target] = array[source]
 
     def branch(self, source: Rows, target: Rows) -> None:
@@ -94,9 +99,8 @@ class Hypotheses:
         at = self.length[:n]
         self.tokens[rows, at] = tokens
         self.log_probabilities[rows, at] = log_probabilities
-        at += 1
         self.next_token[:n] = tokens
-        self.position[:n] += 1
+        self.numbers[:2, :n] += 1  # length and position
 
     def written(self, row: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Tokens and log-probabilities of one row."""

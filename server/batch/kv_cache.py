@@ -46,9 +46,8 @@ class RowTable:
 
     def leave(self, rows: Rows) -> Moves:
         """Gives up ``rows`` (live, each once); the caller must carry out the moves before the next step."""
-        remaining = self.live - len(rows)
-        leaving = np.zeros(self.live, dtype=bool)
-        leaving[rows] = True
-        moves = Moves(source=remaining + np.flatnonzero(~leaving[remaining:]), target=np.flatnonzero(leaving[:remaining]))
-        self.live = remaining
-        return moves
+        leaving, live = set(rows.tolist()), self.live
+        self.live = remaining = live - len(leaving)
+        target = sorted(row for row in leaving if row < remaining)
+        source = [row for row in range(remaining, live) if row not in leaving]
+        return Moves(np.array(source, np.intp), np.array(target, np.intp))

@@ -5,6 +5,7 @@ Shapes: B live rows, W candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from server.batch.adjusted import AdjustedRows
 from server.batch.alignment import Aligner
-from server.batch.beam import agreed_length, beam_step
+from server.batch.beam import Beams, agreed_length, beam_step
 from server.batch.groups import Group, GroupTable
 from server.batch.hypotheses import Hypotheses
 from server.batch.kv_cache import Rows
@@ -51,20 +52,17 @@ class NextTokens:
         """Every live row writes its next token. Returns the rows that ended; their requests' events are emitted."""
         h, groups = self.hypotheses, self.groups
         ids, log_p = candidates
+        top = log_p[:, 0]  # before anything is forbidden: what the logits are compared with
+        # The usual cases; of finite numbers alone, the sum is finite.
+        if groups.all_plain and math.isfinite(top.sum()):
+            if not groups.any_beams:
+                return self._write_greedy(ids, log_p)
+            if not groups.any_greedy:
+                return self._write_beams(groups.all_beams, ids, self._without_early_ends(ids, log_p))
         n = len(ids)
         group, length = h.group[:n], h.length[:n]
-        top = log_p[:, 0]  # before anything is forbidden: what the logits are compared with
-        sound = np.isfinite(top)
-        if groups.any_min_tokens:
-            too_short = length < groups.min_tokens[group]
-            if too_short.any():
-                log_p = forbid(ids, log_p, self.end_token, too_short)
-        if groups.all_plain and sound.all():
-            if not groups.any_greedy:
-                return self._write_beams(groups.beam_numbers, ids, log_p)
-            if not len(groups.beam_numbers):
-                return self._write_greedy(ids, log_p)
-        broken = ~sound
+        log_p = self._without_early_ends(ids, log_p)
+        broken = ~np.isfinite(top)
         leaving = [self._fail_broken(broken)] if broken.any() else []
         forced = length < groups.forced_length[group]
         if groups.adjusted:
@@ -79,30 +77,46 @@ class NextTokens:
         if single.any():
             leaving.append(self._write_single(np.flatnonzero(single), ids, log_p, top, forced, choosing))
         if beam.any():
-            numbers = groups.beam_numbers
+            numbers = groups.all_beams.numbers
             numbers = numbers[beam[groups.rows[numbers, 0]]]
             if groups.with_phrases:
                 constrained = numbers[groups.has_phrases[numbers]]
                 if len(constrained):
                     (wider_ids, wider_log_p), banks = self._adjusted.constrained(constrained, Candidates(ids, log_p))
-                    leaving.append(self._write_beams(constrained, wider_ids, wider_log_p, banks))
+                    leaving.append(self._write_beams(groups.beams(constrained), wider_ids, wider_log_p, banks))
                 numbers = numbers[~groups.has_phrases[numbers]]
             if len(numbers):
-                leaving.append(self._write_beams(numbers, ids, log_p))
+                leaving.append(self._write_beams(groups.beams(numbers), ids, log_p))
         return np.concatenate(leaving)
+
+    def _without_early_ends(self, ids: NDArray[np.int64], log_p: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``log_p`` with the end of text made impossible on rows that have not written enough yet."""
+        if self.groups.any_min_tokens:
+            too_short = self._too_short(len(ids))
+            if too_short.any():
+                return forbid(ids, log_p, self.end_token, too_short)
+        return log_p
+
+    def _too_short(self, n: int) -> NDArray[np.bool_]:
+        """[B] rows that have not written enough yet."""
+        h = self.hypotheses
+        return h.length[:n] < self.groups.min_tokens.take(h.group[:n])
 
     def _write_greedy(self, ids: NDArray[np.int64], log_p: NDArray[np.float32]) -> Rows:
         """``_write_single`` for greedy rows alone: the usual case, and on a small model most of what the engine itself does."""
-        h, n = self.hypotheses, len(ids)
-        rows, tokens, scores = self._every_row[:n], ids[:, 0], log_p[:, 0]
-        if self.groups.any_min_tokens and (other := np.isneginf(scores)).any():  # the end, too early
-            tokens, scores = np.where(other, ids[:, 1], tokens), np.where(other, log_p[:, 1], scores)
-        h.append_to_all(rows, tokens, scores)
+        h, groups, n = self.hypotheses, self.groups, len(ids)
+        tokens, scores = ids[:, 0], log_p[:, 0]
+        ended = tokens == self.end_token
+        if groups.any_min_tokens and ended.any() and (early := ended & self._too_short(n)).any():
+            tokens, scores = np.where(early, ids[:, 1], tokens), np.where(early, log_p[:, 1], scores)
+            ended &= ~early
+        h.append_to_all(self._every_row[:n], tokens, scores)
         self.tokens_written += n
         group = h.group[:n]
-        if self.groups.streaming:
-            self._send_last(np.flatnonzero(self.groups.streams[group]))
-        gone = np.flatnonzero((tokens == self.end_token) | (h.length[:n] >= self.groups.max_tokens[group]))
+        if groups.streaming:
+            self._send_last(np.flatnonzero(groups.streams[group]))
+        ended |= h.length[:n] >= groups.max_tokens.take(group)
+        (gone,) = ended.nonzero()
         self._end(gone)
         return gone
 
@@ -217,22 +231,20 @@ class NextTokens:
 
     def _write_beams(
         self,
-        numbers: Rows,
+        beams: Beams,
         ids: NDArray[np.int64],
         log_p: NDArray[np.float32],
         banks: NDArray[np.int64] | None = None,
     ) -> Rows:
-        """One step of the beam searches of these groups. Returns the rows of the requests that ended."""
+        """One step of these beam searches. Returns the rows of the requests that ended."""
         h, groups = self.hypotheses, self.groups
-        widest = int(groups.widths[numbers].max())
-        table = groups.rows.take(numbers, axis=0)[:, :widest]  # [G, widest]
-        present = table >= 0
+        numbers, table, present, complete = beams
         # take needs a tenth of the time of brackets; nobody looks at what it finds for -1.
         choices, chances, stops = ids.take(table, axis=0), log_p.take(table, axis=0), None
         if groups.with_stop_tokens:
             stops = (choices[..., None] == groups.stop_tokens[numbers][:, None, None]).any(axis=-1)
         step = beam_step(
-            table, h.total.take(table), choices, chances, self.end_token, stops, banks if banks is None else banks[table]
+            beams, h.total.take(table), choices, chances, self.end_token, stops, banks if banks is None else banks[table]
         )
         ended = step.ended_source.tolist(), step.ended_token.tolist(), step.ended_log_probability.tolist()
         for source, token, score in zip(*ended, strict=True):
@@ -265,8 +277,10 @@ class NextTokens:
                 self._collect(groups[int(h.group[row])], row, FinishReason.STOP)
             h.total[stopped] = -np.inf
 
-        lengths = np.where(present, h.length.take(table), 0)
-        at_limit = lengths.max(axis=1) >= groups.max_tokens[numbers]
+        lengths = h.length.take(table)
+        if not complete:
+            lengths[~present] = 0
+        at_limit = lengths.max(axis=1) >= groups.max_tokens.take(numbers)
         empty = just_ended = np.zeros(len(numbers), bool)
         if len(step.empty) or len(stopped):
             empty = (np.where(present, h.total.take(table), -np.inf) == -np.inf).all(axis=1)

@@ -48,7 +48,7 @@ class AdjustmentTable:
         self._bias.pop(number, None)
         self._suppressed.pop(number, None)
 
-    def reweigh(self, logits: Floats, shift: Floats, group: Numbers, tokens: Numbers, length: Numbers) -> Floats:
+    def reweigh(self, logits: Floats, shift: Floats, group: Ids, tokens: Numbers, length: Ids) -> Floats:
         """The log-probabilities [B, V] of the adjusted distributions, before anything is forbidden.
 
         Args:
@@ -84,12 +84,12 @@ class AdjustmentTable:
         log_p -= surplus[:, None]
         return log_p
 
-    def suppress(self, log_p: Floats, group: Numbers) -> None:
+    def suppress(self, log_p: Floats, group: Ids) -> None:
         """Makes -inf of what a row's request [B] suppresses."""
         for number in self._suppressed.keys() & set(group.tolist()):
             log_p[np.ix_(np.flatnonzero(group == number), self._suppressed[number])] = -np.inf
 
-    def forbid_repeats(self, log_p: Floats, group: Numbers, tokens: Numbers, length: Numbers) -> None:
+    def forbid_repeats(self, log_p: Floats, group: Ids, tokens: Numbers, length: Ids) -> None:
         """Makes -inf of tokens that would repeat an n-gram; not in a row where nothing else is left. Comes last."""
         sizes = self._ngram[group]
         for size in np.unique(sizes[sizes > 0]).tolist():
@@ -103,7 +103,7 @@ class AdjustmentTable:
             log_p[row[stuck], token[stuck]] = before[stuck]
 
 
-def written_counts(tokens: Numbers, length: Numbers, vocab_size: int) -> tuple[Ids, Ids, Ids]:
+def written_counts(tokens: Numbers, length: Ids, vocab_size: int) -> tuple[Ids, Ids, Ids]:
     """How often each row [B] has written what: flat arrays of row, token and count, each pair once."""
     longest = int(length.max(initial=0))
     row, place = np.nonzero(np.arange(longest) < length[:, None])
@@ -111,7 +111,7 @@ def written_counts(tokens: Numbers, length: Numbers, vocab_size: int) -> tuple[I
     return key // vocab_size, key % vocab_size, count
 
 
-def repeating_tokens(tokens: Numbers, length: Numbers, size: int) -> tuple[Ids, Ids]:
+def repeating_tokens(tokens: Numbers, length: Ids, size: int) -> tuple[Ids, Ids]:
     """The tokens with which a row [B] would write a sequence of ``size`` tokens again: flat arrays of row and token."""
     rows, longest = len(tokens), int(length.max(initial=0))
     starts = longest - size + 1

@@ -97,8 +97,13 @@ class Company:
         self._count = 0
         self._since = 0.0
 
+    @property
+    def anyone(self) -> bool:
+        """Whether somebody was waiting when it was asked last."""
+        return self._count > 0
+
     def is_complete(self, count: int, now: float, held_up: float, gap: float) -> bool:
-        """Asked before each step.
+        """Asked before each step before which somebody waits, and once more when nobody does any longer.
 
         Args:
             count: requests that could join.

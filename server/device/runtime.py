@@ -150,8 +150,8 @@ class SequenceRuntime:
         self._tokens[:n, 0] = tokens
         self._positions[:n, 0] = positions
         self._last[:n] = positions
-        self._total[...] = positions.max() + 1
-        self._live, self._longest_target = n, int(self._total)
+        self._live, self._longest_target = n, int(positions.max()) + 1
+        self._total[...] = self._longest_target
         if self.shape.has_encoder:
             self._source_total[...] = self._longest_source = int(self._source_last[:n].max()) + 1
         self._reserve()

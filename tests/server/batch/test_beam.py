@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batch.beam import BeamStep, agreed_length, beam_step
+from server.batch.beam import Beams, BeamStep, agreed_length, beam_step
 
 END = 2
 
@@ -75,7 +75,7 @@ def run(groups: list[PlainGroup]) -> BeamStep:
         table[i, :n], totals[i, :n] = group.rows, group.totals
         ids[i, :n] = [[token for token, _ in own] for own in group.candidates]
         log_p[i, :n] = [[p for _, p in own] for own in group.candidates]
-    return beam_step(table, totals, ids, log_p, END)
+    return beam_step(Beams.of(np.arange(len(groups)), table), totals, ids, log_p, END)
 
 
 def check(groups: list[PlainGroup], step: BeamStep) -> None:

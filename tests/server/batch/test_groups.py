@@ -203,18 +203,18 @@ def test_it_is_counted_how_many_groups_ask_for_something(decoding: Decoding, cou
 
 def test_beam_searches_are_listed_in_order_of_arrival_and_their_rows_by_member() -> None:
     table = GroupTable(capacity=8, longest=9)
-    assert table.beam_numbers.tolist() == []
+    assert table.all_beams.numbers.tolist() == []
     (first,) = table.add(request("first", Decoding(max_tokens=9, beams=3)))
     table.add(request("greedy", Decoding(max_tokens=9)))
     (second,) = table.add(request("second", Decoding(max_tokens=9, beams=2)))
-    assert table.beam_numbers.tolist() == [first.number, second.number]
+    assert table.all_beams.numbers.tolist() == [first.number, second.number]
     table.place(first, np.array([4, 1, 2]))
     table.place(second, np.array([0, 3]))
     assert table.rows[first.number].tolist() == [4, 1, 2, -1, -1, -1, -1, -1]
     table.place(first, np.array([5]))
     assert table.rows[first.number].tolist() == [5, *[-1] * 7]
     table.remove(first)
-    assert table.beam_numbers.tolist() == [second.number]
+    assert table.all_beams.numbers.tolist() == [second.number]
 
 
 def test_a_request_lives_as_long_as_one_of_its_alternatives() -> None:
