@@ -5,10 +5,11 @@ Shapes as in ``export.graphs``.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.attention import MultiHeadAttention
 
@@ -70,25 +71,75 @@ class Sizes(TypedDict):
     width: int
 
 
-class PackedSelfAttention(nn.Module):
-    """Self-attention with one matrix product for queries, keys and values."""
+class Padding(NamedTuple):
+    """Where the N tokens of sources of different lengths lie among B x S places.
 
-    def __init__(self, trained: MultiHeadAttention, rotary: tuple[Tensor, Tensor] | None, causal: bool) -> None:
+    Attention wants every source padded to the longest. All else is done for the tokens alone: of natural texts that are encoded
+    together, up to half the places hold none.
+    """
+
+    tokens: Tensor
+    """[N] place of each token, counted through [B, S]."""
+    places: Tensor
+    """[B, S] token of each place; that of the place before where there is none."""
+
+    @classmethod
+    def of(cls, last: Tensor, length: int) -> Padding:
+        """Args: last: [B] position of each source's last token."""
+        present = torch.arange(length)[None] <= last[:, None]  # [B, S]
+        return cls(
+            tokens=present.flatten().nonzero().squeeze(1),
+            places=(present.flatten().to(torch.int64).cumsum(0) - 1).view(present.shape),
+        )
+
+    def remove(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [N, ...]."""
+        return _pick(x.flatten(0, 1), self.tokens)
+
+    def insert(self, x: Tensor) -> Tensor:
+        """[N, D] -> [B, S, D]."""
+        return _pick(x, self.places)
+
+
+def _pick(x: Tensor, indices: Tensor) -> Tensor:
+    """x[indices] as one ``Gather``; the tracer makes more than that of an indexing."""
+    return F.embedding(indices, x) if x.dim() == 2 else x.index_select(0, indices)
+
+
+class SourceAttention(nn.Module):
+    """Self-attention among the tokens of each source, with one matrix product for queries, keys and values."""
+
+    def __init__(self, trained: MultiHeadAttention, rotary: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
         self.sizes = Sizes(heads=trained.heads, kv_heads=trained.kv_heads, width=trained.width)
         self.packed = stack_linear(trained.query, trained.key, trained.value)
         self.out = trained.out
-        self.rotary, self.causal = rotary, causal
-        self.scales = cache_scales(trained) if causal else None
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, padding: Padding, last: Tensor, total: Tensor) -> Tensor:
+        """[N, D] -> [N, D]."""
+        packed = padding.insert(self.packed(x))  # [B, S, (H + 2G) K]
+        (y,) = group_query_attention(packed, None, None, last, total, rotary=self.rotary, causal=False, **self.sizes)
+        return self.out(padding.remove(y))
+
+
+class PackedSelfAttention(nn.Module):
+    """Causal self-attention with one matrix product for queries, keys and values."""
+
+    def __init__(self, trained: MultiHeadAttention, rotary: tuple[Tensor, Tensor] | None) -> None:
+        super().__init__()
+        self.sizes = Sizes(heads=trained.heads, kv_heads=trained.kv_heads, width=trained.width)
+        self.packed = stack_linear(trained.query, trained.key, trained.value)
+        self.out = trained.out
+        self.rotary = rotary
+        self.scales = cache_scales(trained)
 
     def forward(
         self, x: Tensor, batch: int, past: tuple[Tensor, Tensor] | None, last: Tensor, total: Tensor
     ) -> tuple[Tensor, ...]:
         packed = by_rows(self.packed(x), batch)  # [B, T, (H + 2G) K]
         scales = None if past is None else self.scales
-        y, *present = group_query_attention(
-            packed, None, past, last, total, rotary=self.rotary, causal=self.causal, scales=scales, **self.sizes
-        )
+        y, *present = group_query_attention(packed, None, past, last, total, rotary=self.rotary, scales=scales, **self.sizes)
         return self.out(_shaped_like(x, y)), *present
 
 

@@ -3,11 +3,11 @@
 ``GroupQueryAttention`` appends to a cache that its caller owns and takes a length per row, so one graph serves rows of any
 age together. Cross-attention uses the same operator: the source's positions are the cache, and nothing is appended to it.
 
-Between operators values are [N, D], or [B, T, D] in eight-bit graphs: ``Gemm`` adds the bias in the product but wants matrices,
-the eight-bit product takes any shape, and every reshaping that is left out is an operator less to dispatch.
+Between operators values are [N, D], or [B, T, D] in the decoder of eight-bit graphs: ``Gemm`` adds the bias in the product but
+wants matrices, the eight-bit product takes any shape, and every reshaping that is left out is an operator less to dispatch.
 
 Shapes: B rows, T new tokens a row, C cache capacity, S source positions, D model width, H query heads, G key/value heads,
-K head width, L layers, V vocabulary, N = B x T.
+K head width, L layers, V vocabulary, N tokens: B x T in the decoder, those of all sources in the encoder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.attention import CrossAttention, PackedSelfAttention, VisibleCrossAttention, by_rows, cache_scales, stack_linear
+from export.attention import (
+    CrossAttention,
+    PackedSelfAttention,
+    Padding,
+    SourceAttention,
+    VisibleCrossAttention,
+    by_rows,
+    cache_scales,
+    stack_linear,
+)
 from export.output_layer import OutputLayer
 from model.config import ModelConfig
 from model.layers import DecoderLayer, EncoderLayer, Residual
@@ -35,33 +44,31 @@ class Embedded(nn.Module):
         self.register_buffer("table", None if trained.positions is None else trained.positions.detach().clone())
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Two of [B, T] -> [B, T, D]."""
+        """Two of [B, T] or [N] -> [B, T, D] or [N, D]."""
         x = F.embedding(tokens, cast(Tensor, self.weight))
         return x if self.table is None else x + F.embedding(positions, cast(Tensor, self.table))
 
 
 class EncoderStack(nn.Module):
-    """The encoder over padded sources: [B, S] and lengths -> states [B, S, D]. Padding is computed but never attended to."""
+    """The encoder over padded sources: [B, S] and lengths -> states [N, D] of the tokens, and where they belong."""
 
-    def __init__(self, model: Transformer, flat: bool) -> None:
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
-        self.flat = flat
         self.embedding = Embedded(model.encoder_embedding, model.embedding)
         rotary = model.encoder.rotary(0, model.config.max_source_length)
         self.layers = cast(list[EncoderLayer], nn.ModuleList(model.encoder))
-        self.attentions = nn.ModuleList(PackedSelfAttention(layer.attention, rotary, causal=False) for layer in self.layers)
+        self.attentions = nn.ModuleList(SourceAttention(layer.attention, rotary) for layer in self.layers)
         self.final_norm = model.encoder.final_norm
 
-    def forward(self, source: Tensor, last: Tensor, total: Tensor) -> Tensor:
-        batch, length = source.shape
-        x = self.embedding(source, torch.arange(length).expand(batch, length))
-        if self.flat:
-            x = x.flatten(0, 1)
+    def forward(self, source: Tensor, last: Tensor, total: Tensor) -> tuple[Tensor, Padding]:
+        padding = Padding.of(last, source.shape[1])
+        positions = torch.arange(source.shape[1]).expand(source.shape)
+        x = self.embedding(padding.remove(source), padding.remove(positions))  # [N, D]
         for layer, attention in zip(self.layers, self.attentions, strict=True):
-            (y,) = attention(layer.attention_residual.enter(x), batch, None, last, total)
+            y = attention(layer.attention_residual.enter(x), padding, last, total)
             x = layer.attention_residual.leave(x, y)
             x = _feed_forward(x, layer.feed_forward, layer.feed_forward_residual)
-        return by_rows(self.final_norm(x), batch)
+        return self.final_norm(x), padding
 
 
 def _feed_forward(x: Tensor, feed_forward: nn.Module, residual: Residual) -> Tensor:
@@ -75,11 +82,11 @@ class SourceGraph(nn.Module):
     decoder layer attends to.
     """
 
-    def __init__(self, model: Transformer, flat: bool) -> None:
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
         config = model.config
         self.heads, self.layers = config.key_value_heads, config.decoder_layers
-        self.encoder = EncoderStack(model, flat)
+        self.encoder = EncoderStack(model)
         attentions = [cast(DecoderLayer, layer).cross_attention for layer in model.decoder]
         self.projection = stack_linear(*(part for cross in attentions for part in (cross.key, cross.value)))
         self.quantized = cache_scales(attentions[0]) is not None
@@ -90,27 +97,29 @@ class SourceGraph(nn.Module):
                 self.projection.bias.data /= scales
 
     def forward(self, source: Tensor, last: Tensor, total: Tensor) -> Tensor:
-        cross = self.projection(self.encoder(source, last, total))  # [B, S, L 2 G K]
+        states, padding = self.encoder(source, last, total)
+        cross = self.projection(states)  # [N, L 2 G K]
         if self.quantized:
             one, zero = torch.tensor(1.0), torch.tensor(0, dtype=torch.int8)
             cross = torch.onnx.ops.symbolic(
                 "QuantizeLinear", [cross, one, zero], dtype=torch.int8, shape=cross.shape, version=13
             )
-        return cross.unflatten(2, (self.layers, 2, self.heads, -1)).permute(2, 3, 0, 4, 1, 5)
+        return padding.insert(cross).unflatten(2, (self.layers, 2, self.heads, -1)).permute(2, 3, 0, 4, 1, 5)
 
 
 class ClassifyGraph(nn.Module):
     """``encode`` of an encoder-only model: source, last, total -> class probabilities [B, C] (if any) and vectors [B, D]."""
 
-    def __init__(self, model: Transformer, flat: bool) -> None:
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
-        self.encoder = EncoderStack(model, flat)
+        self.encoder = EncoderStack(model)
         self.classifier = model.classifier if model.config.classes else None
         self.first = model.config.pooling == "first"
 
     def forward(self, source: Tensor, last: Tensor, total: Tensor) -> tuple[Tensor, ...]:
         length = source.shape[1]
-        states = self.encoder(source, last, total)  # [B, S, D]
+        states, padding = self.encoder(source, last, total)
+        states = padding.insert(states)  # [B, S, D]
         if self.first:
             pooled = states[:, 0]
         else:
@@ -140,7 +149,7 @@ class DecodeGraph(nn.Module):
         self.embedding = Embedded(model.decoder_embedding, model.target_embedding_weight)
         rotary = model.decoder.rotary(0, model.config.max_target_length)
         self.layers = cast(list[DecoderLayer], nn.ModuleList(model.decoder))
-        self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary, causal=True) for layer in self.layers)
+        self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary) for layer in self.layers)
         self.crosses = nn.ModuleList(CrossAttention(layer.cross_attention) for layer in self.layers if self.has_cross)
         self.final_norm = model.decoder.final_norm
         self.output = OutputLayer(model, shortlist)
@@ -193,7 +202,7 @@ class AlignGraph(nn.Module):
         self.embedding = Embedded(model.decoder_embedding, model.target_embedding_weight)
         rotary = model.decoder.rotary(0, model.config.max_target_length)
         self.layers = cast(list[DecoderLayer], nn.ModuleList(model.decoder))
-        self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary, causal=True) for layer in self.layers)
+        self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary) for layer in self.layers)
         self.crosses = nn.ModuleList(VisibleCrossAttention(layer.cross_attention) for layer in self.layers)
 
     def forward(self, tokens: Tensor, last: Tensor, total: Tensor, cross: Tensor) -> Tensor:
@@ -223,10 +232,10 @@ def graph_modules(
     """
     family, flat = model.config.family, precision != "int8"
     if family == "encoder_only":
-        return {"encode": ClassifyGraph(model, flat)}
+        return {"encode": ClassifyGraph(model)}
     graphs: dict[str, nn.Module] = {"decode": DecodeGraph(model, flat, shortlist)}
     if family == "encoder_decoder":
-        graphs["encode"] = SourceGraph(model, flat)
+        graphs["encode"] = SourceGraph(model)
         if alignment:
             graphs["align"] = AlignGraph(model)
     return graphs

@@ -5,6 +5,7 @@ A side waits without using the processor while another one works.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -122,6 +123,7 @@ def _serve(side: Side, connection: Connection) -> None:
     """The new process: opens the side, then does jobs until the other end hangs up."""
     try:
         run = side.open()
+        gc.freeze()  # as in the engine's process: what is loaded is not looked through again and again
         connection.send("open")
         while True:
             connection.send(run(connection.recv()))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from export.attention import Padding
 from export.graph_runner import BOS, ClassifyGraphs, SequenceGraphs, open_graph, pad
 from export.graphs import check_exportable
 from model.config import ModelConfig
@@ -185,3 +186,15 @@ def test_head_widths_that_the_operator_cannot_take_are_refused(changes: dict, un
     assert bool(problems) == (unit is not None)
     if unit:
         assert f"multiple of {unit}" in problems[0]
+
+
+def test_only_tokens_are_computed_and_padding_lies_where_it_did() -> None:
+    padding = Padding.of(torch.tensor([2, 0, 1], dtype=torch.int32), length=4)
+    assert padding.tokens.tolist() == [0, 1, 2, 4, 8, 9]
+    x = torch.randn(3, 4, 5)
+    packed = padding.remove(x)
+    assert torch.equal(packed, torch.cat([x[0, :3], x[1, :1], x[2, :2]]))
+    inserted = padding.insert(packed)
+    for row, last in enumerate((2, 0, 1)):
+        assert torch.equal(inserted[row, : last + 1], x[row, : last + 1])
+    assert inserted.isfinite().all(), "places without a token hold that of another"
