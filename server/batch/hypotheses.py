@@ -18,7 +18,8 @@ class Hypotheses:
     """Arrays of one entry per row; R is the row capacity, T the longest output."""
 
     numbers: NDArray[np.int64]
-    """[5, R]: the five that follow lie in one, for a step on a small model is short, and counts how often numpy is called."""
+    """[5, R]: the five that follow are its rows, so that they move, or grow, in one call; a step on a small model is so short
+    that every call tells."""
     length: NDArray[np.int64]
     """[R] output tokens so far."""
     position: NDArray[np.int64]

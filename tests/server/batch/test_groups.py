@@ -58,7 +58,9 @@ def test_there_may_be_a_group_for_every_row() -> None:
 def test_what_no_group_asks_for_costs_no_step_anything() -> None:
     table = GroupTable(capacity=16, longest=9)
     assert not table.any_greedy
+    assert not table.any_beams
     table.add(request("beams", Decoding(max_tokens=9, beams=4)))
+    assert table.any_beams
     assert not table.any_greedy
     assert not table.any_min_tokens
     (greedy,) = table.add(request("greedy", Decoding(max_tokens=9)))
@@ -211,10 +213,16 @@ def test_beam_searches_are_listed_in_order_of_arrival_and_their_rows_by_member()
     table.place(first, np.array([4, 1, 2]))
     table.place(second, np.array([0, 3]))
     assert table.rows[first.number].tolist() == [4, 1, 2, -1, -1, -1, -1, -1]
+    assert table.all_beams.rows.tolist() == [[4, 1, 2], [0, 3, -1]]
+    assert not table.all_beams.complete
+    assert table.beams(np.array([second.number])).complete
+    table.move(np.array([first.number, second.number]), np.array([2, 0]), np.array([6, 2]))
+    assert table.all_beams.rows.tolist() == [[4, 1, 6], [2, 3, -1]], "rows that moved are looked up anew"
     table.place(first, np.array([5]))
     assert table.rows[first.number].tolist() == [5, *[-1] * 7]
     table.remove(first)
     assert table.all_beams.numbers.tolist() == [second.number]
+    assert table.all_beams.rows.tolist() == [[2, 3]]
 
 
 def test_a_request_lives_as_long_as_one_of_its_alternatives() -> None:

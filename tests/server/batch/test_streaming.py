@@ -144,11 +144,11 @@ async def test_a_slow_reader_is_held_back_and_then_ended() -> None:
     async with run_server(served_model(engine), write_timeout_seconds=0.3) as running, narrow(running) as stub:
         call = stub.GenerateStream(request("x"), timeout=20)
         await call.read()
-        async with asyncio.timeout(5):
-            while engine.live:
+        outcome = {"model": "dates", "method": "GenerateStream", "outcome": "deadline"}
+        async with asyncio.timeout(5):  # the call is counted a moment after the engine has heard of its end
+            while engine.live or running.value("transformer_requests_total", **outcome) is None:
                 await asyncio.sleep(0.02)
         assert made < 200, "the engine's iterator waited for the reader"
-        outcome = {"model": "dates", "method": "GenerateStream", "outcome": "deadline"}
         assert running.value("transformer_requests_total", **outcome) == 1
         with pytest.raises(grpc.aio.AioRpcError) as error:
             while await call.read() is not grpc.aio.EOF:
