@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -188,7 +189,19 @@ def test_head_widths_that_the_operator_cannot_take_are_refused(changes: dict, un
         assert f"multiple of {unit}" in problems[0]
 
 
-def test_only_tokens_are_computed_and_padding_lies_where_it_did() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_product_of_an_encoder_is_of_tokens_alone(precision: str) -> None:
+    config = tiny.VARIANTS[ENCODER_DECODERS[0]]
+    inputs, _ = examples(config)
+    model = onnx.load(tiny.graphs(config, precision=precision) / "encode.onnx")
+    products = [node.output[0] for node in model.graph.node if node.op_type in ("Gemm", "MatMulIntegerToFloat", "QGemm")]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in products)
+    outputs = ort.InferenceSession(model.SerializeToString()).run(products, pad(inputs))
+    assert {len(output) for output in outputs} == {sum(INPUT_LENGTHS)}
+    assert len(outputs) >= 4 * config.encoder_layers + 1
+
+
+def test_padding_lies_where_it_did() -> None:
     padding = Padding.of(torch.tensor([2, 0, 1], dtype=torch.int32), length=4)
     assert padding.tokens.tolist() == [0, 1, 2, 4, 8, 9]
     x = torch.randn(3, 4, 5)
