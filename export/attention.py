@@ -106,8 +106,8 @@ def _pick(x: Tensor, indices: Tensor) -> Tensor:
     return F.embedding(indices, x) if x.dim() == 2 else x.index_select(0, indices)
 
 
-class SourceAttention(nn.Module):
-    """Self-attention among the tokens of each source, with one matrix product for queries, keys and values."""
+class SelfAttention(nn.Module):
+    """Self-attention with one matrix product for queries, keys and values."""
 
     def __init__(self, trained: MultiHeadAttention, rotary: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
@@ -115,6 +115,10 @@ class SourceAttention(nn.Module):
         self.packed = stack_linear(trained.query, trained.key, trained.value)
         self.out = trained.out
         self.rotary = rotary
+
+
+class SourceAttention(SelfAttention):
+    """Among the tokens of each source, in both directions."""
 
     def forward(self, x: Tensor, padding: Padding, last: Tensor, total: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
@@ -123,15 +127,11 @@ class SourceAttention(nn.Module):
         return self.out(padding.remove(y))
 
 
-class PackedSelfAttention(nn.Module):
-    """Causal self-attention with one matrix product for queries, keys and values."""
+class TargetAttention(SelfAttention):
+    """Of new tokens to those before them, which are in a cache if there is one."""
 
     def __init__(self, trained: MultiHeadAttention, rotary: tuple[Tensor, Tensor] | None) -> None:
-        super().__init__()
-        self.sizes = Sizes(heads=trained.heads, kv_heads=trained.kv_heads, width=trained.width)
-        self.packed = stack_linear(trained.query, trained.key, trained.value)
-        self.out = trained.out
-        self.rotary = rotary
+        super().__init__(trained, rotary)
         self.scales = cache_scales(trained)
 
     def forward(

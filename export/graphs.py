@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from export.attention import (
     CrossAttention,
-    PackedSelfAttention,
     Padding,
     SourceAttention,
+    TargetAttention,
     VisibleCrossAttention,
     by_rows,
     cache_scales,
@@ -149,7 +149,7 @@ class DecodeGraph(nn.Module):
         self.embedding = Embedded(model.decoder_embedding, model.target_embedding_weight)
         rotary = model.decoder.rotary(0, model.config.max_target_length)
         self.layers = cast(list[DecoderLayer], nn.ModuleList(model.decoder))
-        self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary) for layer in self.layers)
+        self.attentions = nn.ModuleList(TargetAttention(layer.self_attention, rotary) for layer in self.layers)
         self.crosses = nn.ModuleList(CrossAttention(layer.cross_attention) for layer in self.layers if self.has_cross)
         self.final_norm = model.decoder.final_norm
         self.output = OutputLayer(model, shortlist)
@@ -202,7 +202,7 @@ class AlignGraph(nn.Module):
         self.embedding = Embedded(model.decoder_embedding, model.target_embedding_weight)
         rotary = model.decoder.rotary(0, model.config.max_target_length)
         self.layers = cast(list[DecoderLayer], nn.ModuleList(model.decoder))
-        self.attentions = nn.ModuleList(PackedSelfAttention(layer.self_attention, rotary) for layer in self.layers)
+        self.attentions = nn.ModuleList(TargetAttention(layer.self_attention, rotary) for layer in self.layers)
         self.crosses = nn.ModuleList(VisibleCrossAttention(layer.cross_attention) for layer in self.layers)
 
     def forward(self, tokens: Tensor, last: Tensor, total: Tensor, cross: Tensor) -> Tensor:
