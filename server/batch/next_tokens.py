@@ -53,7 +53,7 @@ class NextTokens:
         h, groups = self.hypotheses, self.groups
         ids, log_p = candidates
         top = log_p[:, 0]  # before anything is forbidden: what the logits are compared with
-        # The usual cases; of finite numbers alone, the sum is finite.
+        # The usual cases. A sum is finite only where every number is; one call tells what would take two.
         if groups.all_plain and math.isfinite(top.sum()):
             if not groups.any_beams:
                 return self._write_greedy(ids, log_p)
