@@ -32,6 +32,10 @@ from tests.bench.sides import CTranslate2Side, EngineSide
 
 HOPELESS = 3.0
 """A candidate that many times slower than the best in its first run is not tried again."""
+CLOSE = 1.25
+"""Nor is one that many times slower in a run of the sweep."""
+COLD = 1.0
+"""Seconds of a first run beside which it does not tell that nothing was in place yet."""
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -58,6 +62,11 @@ class Candidate:
     def run(self, job: Job) -> Outcome:
         return self.contender.run(replace(job, tuning=self.tuning))
 
+    def run_warm(self, job: Job) -> Outcome:
+        """A run behind another one, unless it is long."""
+        first = self.run(job)
+        return self.run(job) if first.seconds < COLD else first
+
 
 def engine_sides(shape: Shape, model: Transformer, precision: Precision, rows: int) -> list[Side]:
     """Everything of ours that is worth trying."""
@@ -79,28 +88,37 @@ def peer_sides(shape: Shape, model: Transformer, precision: Precision) -> list[S
     ]
 
 
-def sweep(candidates: Sequence[Candidate], job: Job) -> Candidate:
-    """The fastest candidate; the better of two runs counts."""
-    if len(candidates) == 1:
-        return candidates[0]
-    return max(candidates, key=lambda candidate: max(candidate.run(job).rate for _ in range(2)))
-
-
-def promising(contenders: Sequence[Contender], job: Job, concurrency: int) -> tuple[list[Candidate], float]:
-    """The candidates that are not out of the question after one warm run, and the least seconds that one took."""
+def promising(contenders: Sequence[Contender], job: Job, concurrency: int) -> list[tuple[Candidate, Outcome]]:
+    """The candidates that are not out of the question after one warm run, and what that brought."""
     candidates = [Candidate(contender, tuning) for contender in contenders for tuning in contender.side.tunings(concurrency)]
-    times = []
-    for candidate in candidates:
-        candidate.run(job)
-        times.append(candidate.run(job).seconds)
-    least = min(times)
-    return [candidate for candidate, time in zip(candidates, times, strict=True) if time < HOPELESS * least], least
+    first = [candidate.run_warm(job) for candidate in candidates]
+    best = max(run.rate for run in first)
+    return [(candidate, run) for candidate, run in zip(candidates, first, strict=True) if run.rate > best / HOPELESS]
+
+
+def sweep(field: Sequence[tuple[Candidate, Outcome]], job: Job) -> Candidate:
+    """The fastest candidate. Those that came close to the best run once more, and the better run counts.
+
+    Args:
+        field: the candidates, and what each made of ``job`` so far.
+    """
+    best = max(run.rate for _, run in field)
+    close = [(candidate, run.rate) for candidate, run in field if run.rate > best / CLOSE]
+    if len(close) == 1:
+        return close[0][0]
+    return max(close, key=lambda pair: max(pair[1], pair[0].run(job).rate))[0]
 
 
 def compare(point: Point, sides: Sequence[Sequence[Contender]], seconds: float, repeat: int) -> list[Measured]:
     """Sweeps each side, then lets the best candidates take turns, about ``seconds`` each time."""
-    fields, times = zip(*(promising(side, point.job(1), point.concurrency) for side in sides), strict=True)
-    short, whole = (point.job(max(1, round(share * seconds / min(times)))) for share in (0.25, 1.0))
+    fields = [promising(side, point.job(1), point.concurrency) for side in sides]
+    least = min(run.seconds for field in fields for _, run in field)
+    # Of texts as long as they want, a single round shows how the last ones end, which no others follow.
+    natural = point.lengths is Lengths.NATURAL
+    rounds = max(2 if natural else 1, round(0.25 * seconds / least))
+    short, whole = point.job(rounds), point.job(max(3 if natural else 1, round(seconds / least)))
+    if rounds > 1:
+        fields = [[(candidate, candidate.run(short)) for candidate, _ in field] for field in fields]
     chosen = [sweep(field, short) for field in fields]
     turns = [[candidate.run(whole) for candidate in chosen] for _ in range(repeat)]
     return [
