@@ -25,7 +25,6 @@ from rich.table import Table
 
 from model.transformer import Transformer
 from tests.bench.contender import Contender, ContenderFailed, Job, Outcome, Settings, Side
-from tests.bench.ctranslate2_peer import convert
 from tests.bench.points import Lengths, Point, Precision, Shape, Strategy
 from tests.bench.shapes import BUILD, build_model, graphs, machine
 from tests.bench.sides import CTranslate2Side, EngineSide
@@ -79,6 +78,8 @@ def engine_sides(shape: Shape, model: Transformer, precision: Precision, rows: i
 
 def peer_sides(shape: Shape, model: Transformer, precision: Precision) -> list[Side]:
     """Everything of CTranslate2 that is worth trying: from one worker with all cores to a worker for each."""
+    from tests.bench.ctranslate2_peer import convert  # which nothing else here needs to be installed for
+
     folder = convert(model, (BUILD / "ctranslate2" / shape / precision).absolute(), precision)
     return [
         CTranslate2Side(folder=folder, workers=workers, threads=CORES // workers, mkl=mkl)
